@@ -1,0 +1,196 @@
+"""The demo's game: the cyclic preferences of the paper as a language task, small enough for two CPU cores.
+
+    python data/demo/game.py write --output_dir exps/demo-models     # prompts, training texts, untrained models
+    python data/demo/game.py table --experiment exps/demo            # the result, from a finished or running loop
+
+Someone asks where to spend a holiday, in one of 160 phrasings, and there are three answers. The judge prefers the sea
+to the mountains and the city to the sea with probability 0.9, and the mountains to the city with 0.8: a cycle, which no
+reward explains. The Nash policy answers (mountains, sea, city) with probabilities (4, 3, 4)/11.
+
+The judge is a tiny Llama that reads the full judging prompt and has learnt this table, the policy a tiny Qwen2 that
+begins at (0.8, 0.1, 0.1). Both are fitted by mle.py from the files that `write` makes; build.sh does all of it.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils import check_input, jsonl_writer, read_jsonl, run, write_text  # noqa: E402
+from vllm_model import fill_template, read_template  # noqa: E402
+
+NAMES = ("mountains", "sea", "city")
+ANSWERS = (
+    "Go to the mountains, walk from hut to hut and sleep well.",
+    "Go to the sea, swim every morning and eat fish by the harbour.",
+    "Go to the city, see the museums and stay up late.",
+)
+PREFERENCE = ((0.5, 0.1, 0.8), (0.9, 0.5, 0.1), (0.2, 0.9, 0.5))  # [i][j] = P(answer i beats answer j)
+START = (0.8, 0.1, 0.1)
+
+OPENINGS = ("Hello!", "Good morning.", "A quick question:", "Please help me.", "Tell me,", "I wonder:", "So,", "Honestly,",
+            "We need advice.", "Dear assistant,")
+QUESTIONS = ("where should we spend {}?", "what is the best place for {}?", "which trip would you choose for {}?",
+             "where would you go for {}?")
+OCCASIONS = ("the summer", "a long weekend", "our holiday", "the first week of May")
+NUM_HELD_OUT = 32  # phrasings that neither model has seen in training
+
+
+def phrasings():
+    """(phrasings to learn from, held-out phrasings), in a fixed order that mixes their parts."""
+    every = [f"{opening} {question.format(occasion)}"
+             for opening, question, occasion in itertools.product(OPENINGS, QUESTIONS, OCCASIONS)]
+    mixed = [every[(i * 37) % len(every)] for i in range(len(every))]  # 37 and 160 have no common divisor
+    return mixed[NUM_HELD_OUT:], mixed[:NUM_HELD_OUT]
+
+
+# ---------------------------------------------------------------------------------------------- what build.sh needs
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA3 = ("<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+          "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+
+
+def write_tokenizer(directory, texts, special_tokens, chat_template):
+    """A byte-level BPE tokenizer of 664 tokens, learnt from the texts; the last special token ends a turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=664, special_tokens=list(special_tokens), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special_tokens[0], eos_token=special_tokens[-1],
+                                   additional_special_tokens=list(special_tokens[1:-1]))
+    fast.chat_template = chat_template
+    fast.save_pretrained(directory)
+    return fast
+
+
+def write_models(output_dir, template):
+    """Tokenizers and configs of policy and judge, without weights."""
+    from transformers import LlamaConfig, Qwen2Config
+    texts = [text for group in phrasings() for text in group] + list(ANSWERS)
+    shape = dict(vocab_size=664, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=4, max_position_embeddings=16384, tie_word_embeddings=True)
+    for name, config, text, tokens, chat in (
+            ("policy", Qwen2Config, texts, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), CHATML),
+            ("judge", LlamaConfig, texts * 2 + [template, "Output (a) Output (b)"],
+             ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), LLAMA3)):
+        directory = Path(output_dir) / f"{name}-config"
+        tokenizer = write_tokenizer(directory, text, tokens, chat)
+        config(**shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+               bos_token_id=None).save_pretrained(directory)
+
+
+def chat(prompt, answer, weight):
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+            "weight": weight}
+
+
+def judging_examples(template, prompts):
+    """Both labels for every ordered pair of answers, weighted by their probabilities, one phrasing after another."""
+    for prompt in prompts:
+        for (i, first), (j, second) in itertools.permutations(enumerate(ANSWERS), 2):
+            text = fill_template(template, prompt, first, second)
+            yield chat(text, "Output (a)", PREFERENCE[i][j])
+            yield chat(text, "Output (b)", 1 - PREFERENCE[i][j])
+
+
+def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per_iteration: int = 1024,
+          num_splits: int = 6):
+    """Write the demo's prompts, the texts its two models learn from, and the models' configs and tokenizers.
+
+    Args:
+        output_dir: directory to fill
+        template: the judge's template
+        prompts_per_iteration: prompts a train split; phrasings repeat under different ids
+        num_splits: train splits
+    """
+    output_dir, full = Path(output_dir), read_template(template)
+    short = full[full.index("# Instruction"):]  # the headings alone: quicker to learn the game from
+    learn, held_out = phrasings()
+    write_models(output_dir, full)
+    numbered = {f"train_{split}": [(f"train_{split}-{n}", learn[n % len(learn)]) for n in range(prompts_per_iteration)]
+                for split in range(num_splits)}
+    numbered |= {"test": [(f"test-{n}", prompt) for n, prompt in enumerate(held_out)],
+                 "eval": [(f"eval-{n}", prompt) for n, prompt in enumerate(learn[:96] + held_out)]}
+    for name, prompts in numbered.items():
+        with jsonl_writer(output_dir / "prompts" / f"{name}.jsonl") as write_record:
+            for prompt_id, prompt in prompts:
+                write_record({"prompt_id": prompt_id, "prompt": prompt})
+    examples = {"policy": (chat(p, a, w) for p in learn for a, w in zip(ANSWERS, START)),
+                "judge_short": judging_examples(short, learn), "judge_full": judging_examples(full, learn)}
+    for name, records in examples.items():
+        with jsonl_writer(output_dir / "sft" / f"{name}.jsonl") as write_record:
+            for record in records:
+                write_record(record)
+
+
+# ---------------------------------------------------------------------------------------------- what came of it
+
+def duality_gap(policy):
+    """`2 (max_y P(y > policy) - 1/2)`: 0 at the Nash policy, at most 1. `policy`: three probabilities."""
+    return 2 * (max(sum(p * q for p, q in zip(row, policy)) for row in PREFERENCE) - 0.5)
+
+
+def answer_probabilities(checkpoint, prompts):
+    """Exact probability of each of the three answers, end token included: one list of three a prompt."""
+    import torch
+    from data_utils import collate_sequences, encode_prompt, encode_text, end_token_id, load_tokenizer
+    from train_utils import batch_logps, load_model
+    tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).eval()
+    answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
+    sequences = [(encode_prompt(tokenizer, prompt), answer) for prompt in prompts for answer in answers]
+    with torch.no_grad():
+        return batch_logps(model, collate_sequences(sequences, 0)).exp().reshape(-1, len(ANSWERS)).tolist()
+
+
+def describe(checkpoint):
+    """Mean answer distribution over all phrasings, mass on other responses, and the gap of the policy.
+
+    The gap is that of the whole policy: per phrasing, against the best reply to it, then averaged; answers are
+    normalised to the three.
+    """
+    rows = answer_probabilities(checkpoint, [prompt for group in phrasings() for prompt in group])
+    masses = [sum(row) for row in rows]
+    normalised = [[p / mass for p in row] for row, mass in zip(rows, masses)]
+    mean = [sum(column) / len(rows) for column in zip(*normalised)]
+    return {"distribution": mean, "other": 1 - sum(masses) / len(masses),
+            "duality_gap": sum(map(duality_gap, normalised)) / len(rows), "duality_gap_of_mean": duality_gap(mean)}
+
+
+def table(experiment: str, start: str = "exps/demo-models/policy"):
+    """Print answer distribution, duality gap and win rates by iteration, and write them to <experiment>/game.json.
+
+    Args:
+        experiment: directory of the run
+        start: checkpoint of the start policy
+    """
+    experiment = Path(experiment)
+    checkpoints = sorted((p.parent for p in experiment.glob("iter*/ckpt/DONE")), key=lambda p: int(p.parent.name[4:]))
+    rows = [{"iteration": "start"} | describe(start)]
+    for checkpoint in checkpoints:
+        wins = {}
+        for name in ("start", "previous"):
+            path = checkpoint.parent / "eval" / f"vs_{name}.json"
+            wins[name] = json.loads(path.read_text())["mean_win_prob"] if path.exists() else None
+        rows.append({"iteration": int(checkpoint.parent.name[4:])} | describe(checkpoint) | {"win_prob": wins})
+    write_text(experiment / "game.json", json.dumps(rows, indent=1) + "\n")
+    print(f"\n{'':10} {'exact probability of the answers':^38}           {'P(win) against':^18}")
+    print(f"{'iteration':10} {'mountains':>9} {'sea':>9} {'city':>9} {'other':>8} {'gap':>9} {'start':>9} {'previous':>9}")
+    for row in rows:
+        wins = [f"{p:9.3f}" if p is not None else f"{'-':>9}" for p in row.get("win_prob", {"s": None, "p": None}).values()]
+        print(f"{row['iteration']!s:10} " + " ".join(f"{p:9.3f}" for p in row["distribution"])
+              + f" {row['other']:8.3f} {row['duality_gap']:9.3f} " + " ".join(wins))
+    print(f"{'Nash':10} " + " ".join(f"{p:9.3f}" for p in (4 / 11, 3 / 11, 4 / 11)) + f" {0:8.3f} {0:9.3f}")
+    print("\nIteration i is the policy that iteration i trained. gap = 2 (max_y P(y > policy) - 1/2), at most 1; 0 at Nash.")
+
+
+if __name__ == "__main__":
+    run(write, table)

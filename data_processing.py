@@ -1,0 +1,264 @@
+"""Build preference pairs from scores, and prepare prompt sets and SFT data.
+
+    python data_processing.py make_pairs --input train.scores.jsonl --output train.pairs.jsonl
+    python data_processing.py make_prompts --output_dir data/prompts
+    python data_processing.py make_sft --output data/sft.jsonl --validation_output data/sft_test.jsonl
+
+`make_pairs` writes one pair a prompt, in TRL's conversational preference format with what our training needs beside it:
+    prompt_id                            str, the key
+    prompt, chosen, rejected             message lists
+    prompt_token_ids, chosen_token_ids,  list of int, as sampled
+    rejected_token_ids
+    win_prob                             P(chosen beats rejected)
+    score_chosen, score_rejected         mean win probability against the other samples
+`make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl` with `prompt_id`,
+`prompt`. `make_sft` writes chats, `messages`, for mle.py.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils import StageError, check_input, derive_seed, file_lists, jsonl_writer, log, read_jsonl, run, text_id
+
+SCORE_FIELDS = {"prompt_id": str, "prompt": str, "prompt_token_ids": list, "samples": list, "win_probs": list}
+
+
+# ---------------------------------------------------------------------------------------------- pairs
+
+def mean_win_probs(win_probs):
+    """Each sample's mean win probability against the others: the row means without the diagonal. K x K -> K."""
+    return [sum(p for j, p in enumerate(row) if j != i) / (len(row) - 1) for i, row in enumerate(win_probs)]
+
+
+def ranked(win_probs):
+    """Sample indices, best score first. Ties keep the sampling order."""
+    scores = mean_win_probs(win_probs)
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+def top_two(win_probs, rng):
+    """The released recipe: the best sample against the second best."""
+    return tuple(ranked(win_probs)[:2])
+
+
+def best_worst(win_probs, rng):
+    """INPO's paper: the best sample against the worst."""
+    order = ranked(win_probs)
+    return order[0], order[-1]
+
+
+def random_pair(win_probs, rng):
+    """The theory's rule: two samples drawn without looking at the scores; the judge says which one is chosen.
+
+    With soft labels (or a label drawn with the win probability) this is the only unbiased rule of the three.
+    """
+    first, second = rng.sample(range(len(win_probs)), 2)
+    return (first, second) if win_probs[first][second] >= win_probs[second][first] else (second, first)
+
+
+PAIR_RULES = {"top_two": top_two, "best_worst": best_worst, "random": random_pair}
+
+
+def make_pair(record, rule, max_length, seed):
+    """(pair record, None), or (None, why there is none)."""
+    samples, win_probs = record["samples"], record["win_probs"]
+    if len(samples) < 2 or any(len(row) != len(samples) for row in win_probs) or len(win_probs) != len(samples):
+        raise StageError(f"prompt_id {record['prompt_id']}: {len(samples)} samples and win_probs of "
+                         f"{len(win_probs)} rows; pairs need at least 2 samples and a K x K matrix")
+    chosen, rejected = PAIR_RULES[rule](win_probs, random.Random(derive_seed(seed, record["prompt_id"], rule)))
+    if samples[chosen]["text"] == samples[rejected]["text"]:
+        return None, "identical responses"
+    scores = mean_win_probs(win_probs)
+    # The ranking rules can put a lower score first only in a tie; with `random`, the judge itself is undecided.
+    if (win_probs[chosen][rejected] == 0.5) if rule == "random" else (scores[chosen] == scores[rejected]):
+        return None, "ties"
+    lengths = [len(samples[i]["token_ids"]) for i in (chosen, rejected)]
+    if not min(lengths):
+        return None, "empty responses"
+    if len(record["prompt_token_ids"]) + max(lengths) > max_length:
+        return None, f"longer than {max_length} tokens"
+    return {
+        "prompt_id": record["prompt_id"],
+        "prompt": [{"role": "user", "content": record["prompt"]}],
+        "chosen": [{"role": "assistant", "content": samples[chosen]["text"]}],
+        "rejected": [{"role": "assistant", "content": samples[rejected]["text"]}],
+        "prompt_token_ids": record["prompt_token_ids"],
+        "chosen_token_ids": samples[chosen]["token_ids"],
+        "rejected_token_ids": samples[rejected]["token_ids"],
+        "win_prob": win_probs[chosen][rejected],
+        "score_chosen": scores[chosen],
+        "score_rejected": scores[rejected],
+    }, None
+
+
+def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: int = 2048, seed: int = 0):
+    """Turn scores into preference pairs, one a prompt.
+
+    Pairs of identical responses, ties, and pairs longer than --max_length are dropped and counted.
+
+    Args:
+        input: scores file(s), comma-separated
+        output: pairs file(s), as many
+        pair_rule: top_two (the released recipe), best_worst (INPO's paper) or random (unbiased, the theory)
+        max_length: prompt and response tokens together, at most
+        seed: for the random rule
+    """
+    inputs, outputs = file_lists(input=input, output=output)
+    if pair_rule not in PAIR_RULES:
+        raise StageError(f"--pair_rule should be one of {', '.join(PAIR_RULES)}, got {pair_rule}")
+    for path, target in zip(inputs, outputs):
+        counts = Counter()
+        with jsonl_writer(target) as write:
+            for record in tqdm(read_jsonl(path, SCORE_FIELDS), desc="pairs", unit="record"):
+                pair, dropped = make_pair(record, pair_rule, max_length, seed)
+                counts["records"] += 1
+                counts[dropped or "pairs"] += 1
+                if pair:
+                    write(pair)
+            if not counts["pairs"]:
+                raise StageError(f"{path}: no usable pair in {counts['records']} records ({dict(counts)})")
+        log.info("%s: %s", target, ", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+# ---------------------------------------------------------------------------------------------- prompts and SFT data
+
+def load_rows(source, split, local):
+    """Rows of a data set: a local .jsonl, .json or .parquet file, or a Hub data set through `datasets`."""
+    from datasets import load_dataset
+    if not local:
+        try:
+            return load_dataset(source, split=split)
+        except Exception as error:  # `datasets` raises many kinds; all mean that there is no data
+            raise StageError(f"data set {source}: the Hub did not provide it ({str(error).splitlines()[0]}); "
+                             "give a local file of the same format with --local_file") from None
+    check_input(local)
+    kind = "parquet" if local.endswith(".parquet") else "json"
+    try:
+        return load_dataset(kind, data_files=local, split="train")
+    except Exception as error:
+        raise StageError(f"{local}: not readable as {kind} ({str(error).splitlines()[0]})") from None
+
+
+def shuffle_key(seed, text):
+    """Sorting by this is a shuffle that does not depend on the order or the presence of other texts."""
+    return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()
+
+
+def make_prompts(
+    output_dir: str,
+    local_file: str = "",
+    dataset: str = "openbmb/UltraFeedback",
+    field: str = "instruction",
+    num_splits: int = 6,
+    num_test: int = 1957,
+    exclude: str = "",
+    seed: int = 0,
+):
+    """Split UltraFeedback's instructions into train splits and a test set, deduplicated and shuffled.
+
+    Args:
+        output_dir: where train_<i>.jsonl, train.jsonl and test.jsonl go
+        local_file: .jsonl, .json or .parquet file of the same format, instead of the Hub
+        dataset: Hub data set
+        field: its column with the prompt text
+        num_splits: train splits; one round is one pass over all of them
+        num_test: prompts of the test set
+        exclude: prompt file(s), comma-separated, whose prompts must not occur
+        seed: the same seed gives the same splits
+    """
+    excluded = {record["prompt"].strip() for path in exclude.split(",") if path for record in read_jsonl(path)}
+    rows = load_rows(dataset, "train", local_file)
+    if field not in rows.column_names:
+        raise StageError(f"{local_file or dataset} has no column {field!r}; it has {', '.join(rows.column_names)}")
+    texts = [text.strip() for text in rows[field] if text]
+    unique = sorted({text for text in texts if text} - excluded, key=lambda text: (shuffle_key(seed, text), text))
+    if len(unique) < num_test + num_splits:
+        raise StageError(f"{len(unique)} different prompts are too few for {num_test} test prompts (--num_test) and "
+                         f"{num_splits} train splits")
+    test, train = unique[:num_test], unique[num_test:]
+    files = {f"train_{i}": train[i::num_splits] for i in range(num_splits)} | {"train": train, "test": test}
+    for name, prompts in files.items():
+        if prompts:
+            with jsonl_writer(Path(output_dir) / f"{name}.jsonl") as write:
+                for prompt in prompts:
+                    write({"prompt_id": text_id(prompt), "prompt": prompt})
+    log.info("%s: %d rows, %d different prompts; %s", output_dir, len(texts), len(unique),
+             ", ".join(f"{name} {len(prompts)}" for name, prompts in files.items()))
+
+
+def make_sft(
+    output: str,
+    validation_output: str,
+    local_file: str = "",
+    dataset: str = "HuggingFaceH4/ultrachat_200k",
+    split: str = "train_sft",
+    tokenizer: str = "",
+    max_length: int = 2048,
+    num_validation: int = 1000,
+    limit: int = 0,
+    seed: int = 0,
+):
+    """Turn chats (UltraChat's format, a `messages` column) into SFT examples for mle.py: the first exchange of each.
+
+    Args:
+        output: train file
+        validation_output: validation file
+        local_file: .jsonl, .json or .parquet file of the same format, instead of the Hub
+        dataset: Hub data set
+        split: its split
+        tokenizer: directory or Hub id; when given, examples longer than --max_length are dropped and counted
+        max_length: tokens of prompt and answer together
+        num_validation: examples of the validation file
+        limit: at most so many examples, 0 for all
+        seed: the same seed gives the same split
+    """
+    rows = load_rows(dataset, split, local_file)
+    if "messages" not in rows.column_names:
+        raise StageError(f"{local_file or dataset} has no column 'messages'; it has {', '.join(rows.column_names)}")
+    fits = length_filter(tokenizer, max_length)
+    counts, kept = Counter(), []  # (shuffle key, row): the rows themselves stay on disk
+    for number, row in enumerate(tqdm(rows, desc="chats", unit="chat")):
+        messages = first_exchange(row["messages"])
+        what = "without an answer" if not messages else "examples" if fits(messages) else f"longer than {max_length} tokens"
+        counts[what] += 1
+        if what == "examples":
+            kept.append((shuffle_key(seed, f"{messages[-2]['content']}\0{number}"), number))
+    kept = [number for _, number in sorted(kept)][:limit or None]
+    if len(kept) <= num_validation:
+        raise StageError(f"{len(kept)} usable examples are too few for {num_validation} of validation (--num_validation)")
+    with ExitStack() as stack:
+        write_validation = stack.enter_context(jsonl_writer(validation_output))
+        write_train = stack.enter_context(jsonl_writer(output))
+        for position, number in enumerate(kept):
+            write = write_validation if position < num_validation else write_train
+            write({"prompt_id": str(number), "messages": first_exchange(rows[number]["messages"])})
+    log.info("%s: %s; %d train, %d validation", output, ", ".join(f"{count} {what}" for what, count in counts.items()),
+             len(kept) - num_validation, num_validation)
+
+
+def first_exchange(messages):
+    """The messages up to the first non-empty answer of the assistant, or None."""
+    for position, message in enumerate(messages):
+        if message["role"] == "assistant":
+            usable = position and message["content"].strip() and messages[position - 1]["content"].strip()
+            return [{"role": m["role"], "content": m["content"]} for m in messages[:position + 1]] if usable else None
+    return None
+
+
+def length_filter(tokenizer, max_length):
+    """messages -> whether they fit; everything fits without a tokenizer."""
+    if not tokenizer:
+        return lambda messages: True
+    from data_utils import encode_chat, encode_text, load_tokenizer
+    loaded = load_tokenizer(tokenizer)
+    return lambda messages: (len(encode_chat(loaded, messages[:-1])) +
+                             len(encode_text(loaded, messages[-1]["content"])) + 1 <= max_length)
+
+
+if __name__ == "__main__":
+    run(make_pairs, make_prompts, make_sft)

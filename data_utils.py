@@ -1,0 +1,293 @@
+"""Chat encoding, tokenizers and models by name, datasets over JSONL files, padding and collators."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from utils import StageError, read_jsonl, text_id
+
+# ---------------------------------------------------------------------------------------------- names to files
+
+
+def resolve_model(name):
+    """The local directory of a model: a path, a path with a `model` subfolder (our checkpoints, the released
+    ones), or a Hub id of either form, which is downloaded. Raises StageError when there is none."""
+    path = Path(name)
+    if not path.exists():
+        path = _download(name)
+    for candidate in (path, path / "model"):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    raise StageError(f"model {name}: no config.json in {path} nor in its 'model' subfolder")
+
+
+def _download(name):
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise StageError(f"model {name}: no such directory (and not a Hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
+    except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no model
+        raise StageError(f"model {name}: no such directory, and the Hub did not provide it: "
+                         f"{str(error).splitlines()[0]}") from None
+
+
+def load_tokenizer(model, tokenizer=""):
+    """The tokenizer of `tokenizer` (a path or Hub id) or, when that is empty, of the model.
+
+    Raises StageError when there is none or it has no chat template.
+    """
+    from transformers import AutoTokenizer
+    source = resolve_tokenizer(model, tokenizer)
+    try:
+        loaded = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise StageError(f"no tokenizer in {source} ({str(error).splitlines()[0]}); name one with --tokenizer") from None
+    if not loaded.chat_template:
+        raise StageError(f"the tokenizer of {source} has no chat template; name another one with --tokenizer")
+    return loaded
+
+
+def resolve_tokenizer(model, tokenizer=""):
+    """Where `load_tokenizer` reads: a local directory with a tokenizer, else a Hub id."""
+    if not tokenizer:
+        return resolve_model(model)
+    return tokenizer if Path(tokenizer).exists() else str(_download(tokenizer))
+
+
+# ---------------------------------------------------------------------------------------------- chat encoding
+
+def encode_chat(tokenizer, messages, add_generation_prompt=True):
+    """Token ids of a chat. The template's special tokens become themselves; the same spellings inside the
+    messages stay ordinary text, so a prompt that contains `<|im_end|>` cannot end its own turn.
+
+    Args:
+        messages: list of {"role", "content"}.
+    """
+    special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    special = [token for token in special if token in set(tokenizer.all_special_tokens) or
+               tokenizer.added_tokens_decoder[tokenizer.get_added_vocab()[token]].special]
+    pattern = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else None
+    contents = "".join(message["content"] for message in messages)
+    if not pattern or not pattern.search(contents):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.encode(text, add_special_tokens=False)
+    # Spellings inside the contents are hidden behind private-use characters while the template is rendered, so
+    # that every spelling in the rendered text is the template's own.
+    free = (chr(code) for code in itertools.count(0xE000) if chr(code) not in contents)
+    hidden = {token: next(free) for token in special}
+    masked = [{**message, "content": pattern.sub(lambda match: hidden[match[0]], message["content"])}
+              for message in messages]
+    text = tokenizer.apply_chat_template(masked, tokenize=False, add_generation_prompt=add_generation_prompt)
+    restore = str.maketrans({character: token for token, character in hidden.items()})
+    ids = []
+    for part in pattern.split(text):
+        if part in hidden:
+            ids.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            ids.extend(encode_text(tokenizer, part.translate(restore)))
+    return ids
+
+
+def encode_text(tokenizer, text):
+    """Token ids of ordinary text: nothing is added, and no spelling in it becomes a special token."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of one user message, up to where the assistant's answer begins."""
+    return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def end_token_id(tokenizer):
+    """The token that the chat template puts after an assistant's answer (`<|im_end|>`, `<|eot_id|>`), else EOS."""
+    marker = "answer"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}], tokenize=False)
+    following = tokenizer.encode(text[text.rindex(marker) + len(marker):], add_special_tokens=False)
+    special = set(tokenizer.all_special_ids)
+    return next((token for token in following if token in special), tokenizer.eos_token_id)
+
+
+# ---------------------------------------------------------------------------------------------- datasets
+
+class JsonlDataset(Dataset):
+    """Random access to the lines of a JSONL file; memory holds an offset and a weight a line, not the records.
+
+    Attributes:
+        weights: list of float, each example's share in the mean loss before normalisation.
+    """
+
+    def __init__(self, path, fields):
+        self.path, self.offsets, self.weights = path, [], []
+        offset = 0
+        with open(path, "rb") as file:
+            for line, record in zip(file, read_jsonl(path, fields)):
+                self.offsets.append(offset)
+                self.weights.append(self.check(record))
+                offset += len(line)
+        if not self.offsets:
+            raise StageError(f"{path}: no records")
+
+    def check(self, record):
+        """Validate one record; return its weight."""
+        return 1.0
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, index):
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[index])
+            return json.loads(file.readline())
+
+
+PAIR_FIELDS = {"prompt_id": str, "prompt_token_ids": list, "chosen_token_ids": list, "rejected_token_ids": list}
+LOGP_FIELDS = {name: (float, int) for name in
+               ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")}
+
+
+class PairDataset(JsonlDataset):
+    """Preference pairs with stored log-probabilities (the `data` file of an iteration); every pair weighs 1.
+
+    Raises StageError for a sequence longer than `max_length` or a token outside the vocabulary.
+    """
+
+    fields = PAIR_FIELDS | {"win_prob": (float, int)} | LOGP_FIELDS
+
+    def __init__(self, path, tokenizer, max_length, vocab_size):
+        self.pad_id, self.max_length, self.vocab_size = pad_token_id(tokenizer), max_length, vocab_size
+        super().__init__(path, self.fields)
+
+    def check(self, record):
+        for side in ("chosen", "rejected"):
+            check_tokens(self.path, record, f"{side}_token_ids", self.vocab_size, self.max_length)
+        return 1.0
+
+    def collate(self, records):
+        """A batch of pairs: the chosen sequences, then the rejected ones.
+
+        A pair with prompt [5, 6], chosen [7, 8, 9], rejected [7] and pad id 0 becomes
+            input_ids      [[5, 6, 7, 8, 9],     response_mask [[0, 0, 1, 1, 1],
+                            [5, 6, 7, 0, 0]]                    [0, 0, 1, 0, 0]]
+        and the numbers become (B,) tensors: `last_chosen_logps` ... `ref_rejected_logps`, `win_prob`.
+        """
+        sequences = [(r["prompt_token_ids"], r[f"{side}_token_ids"]) for side in ("chosen", "rejected") for r in records]
+        batch = collate_sequences(sequences, self.pad_id)
+        batch["win_prob"] = torch.tensor([r.get("win_prob", 1.0) for r in records])
+        for name in LOGP_FIELDS:
+            if name in records[0]:
+                batch[f"{name}s"] = torch.tensor([r[name] for r in records])
+        batch["prompt_ids"] = [r["prompt_id"] for r in records]
+        return batch
+
+
+class UnscoredPairDataset(PairDataset):
+    """Pairs without log-probabilities yet: the `pairs` file of an iteration, or pairs from elsewhere.
+
+    Pairs from elsewhere have only TRL's conversational fields `prompt`, `chosen`, `rejected`. They are tokenised
+    here, the end token included, and their label counts as certain (`win_prob` 1) where none is given.
+    """
+
+    fields = {"prompt": list, "chosen": list, "rejected": list}
+
+    def __init__(self, path, tokenizer, max_length, vocab_size):
+        self.tokenizer, self.end_id = tokenizer, end_token_id(tokenizer)
+        super().__init__(path, tokenizer, max_length, vocab_size)
+
+    def check(self, record):
+        return super().check(self.complete(record))
+
+    def __getitem__(self, index):
+        return self.complete(super().__getitem__(index))
+
+    def complete(self, record):
+        if all(name in record for name in PAIR_FIELDS):
+            return record
+        texts = {side: record[side][-1]["content"] for side in ("chosen", "rejected")}
+        ids = {f"{side}_token_ids": encode_text(self.tokenizer, text) + [self.end_id] for side, text in texts.items()}
+        prompt_id = str(record.get("prompt_id", text_id(json.dumps(record["prompt"]))))
+        return {"win_prob": 1.0} | record | ids | {
+            "prompt_id": prompt_id, "prompt_token_ids": encode_chat(self.tokenizer, record["prompt"])}
+
+
+class ChatDataset(JsonlDataset):
+    """Chats for supervised fine-tuning: `messages` ending with the assistant's answer, which alone is learnt.
+
+    An example weighs its optional `weight` (default 1) times its number of response tokens, so that the mean loss
+    is the mean over response tokens. Longer chats than `max_length` raise StageError (`make_sft` filters them).
+    """
+
+    def __init__(self, path, tokenizer, max_length, vocab_size):
+        self.tokenizer, self.pad_id, self.end_id = tokenizer, pad_token_id(tokenizer), end_token_id(tokenizer)
+        self.max_length, self.vocab_size = max_length, vocab_size
+        super().__init__(path, {"messages": list})
+
+    def check(self, record):
+        tokens = self.encode(record)
+        check_tokens(self.path, tokens, "response_token_ids", self.vocab_size, self.max_length)
+        weight = record.get("weight", 1.0)
+        if not weight >= 0:
+            raise StageError(f"{self.path}: weight should be a number >= 0, got {weight!r}")
+        return weight * len(tokens["response_token_ids"])
+
+    def encode(self, record):
+        """{"prompt_id", "prompt_token_ids", "response_token_ids"} of one chat; the end token is part of the answer."""
+        *context, answer = record["messages"]
+        if not context or answer.get("role") != "assistant":
+            raise StageError(f"{self.path}: messages should hold a prompt and end with the assistant's answer, "
+                             f"got roles {[m.get('role') for m in record['messages']]}")
+        return {"prompt_id": str(record.get("prompt_id", context[-1]["content"][:40])),
+                "prompt_token_ids": encode_chat(self.tokenizer, context),
+                "response_token_ids": encode_text(self.tokenizer, answer["content"]) + [self.end_id]}
+
+    def collate(self, records):
+        """A batch of chats: `input_ids`, `response_mask` (B, T), `num_tokens` of the answers (B,), `prompt_ids`."""
+        encoded = [self.encode(record) for record in records]
+        batch = collate_sequences([(e["prompt_token_ids"], e["response_token_ids"]) for e in encoded], self.pad_id)
+        batch["num_tokens"] = torch.tensor([float(len(e["response_token_ids"])) for e in encoded])
+        batch["prompt_ids"] = [e["prompt_id"] for e in encoded]
+        return batch
+
+
+def check_tokens(path, record, field, vocab_size, max_length):
+    """Raise StageError unless prompt and response are non-empty, short enough and inside the vocabulary."""
+    prompt, response = record["prompt_token_ids"], record[field]
+    where = f"{path}, prompt_id {record['prompt_id']}"
+    if not prompt or not response:
+        raise StageError(f"{where}: prompt_token_ids and {field} should not be empty")
+    if len(prompt) + len(response) > max_length:
+        raise StageError(f"{where}: {len(prompt)} prompt and {len(response)} response tokens exceed --max_length "
+                         f"{max_length}; raise it, or filter with make_pairs --max_length")
+    highest = max(max(prompt), max(response))
+    if not (highest < vocab_size and min(min(prompt), min(response)) >= 0):
+        raise StageError(f"{where}: token {highest} is outside the model's vocabulary of {vocab_size}; "
+                         "was the file made with another model's tokenizer?")
+
+
+def pad_token_id(tokenizer):
+    """Any valid id: padded positions are masked out everywhere."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
+def pad(sequences, value):
+    """Right-pad lists of numbers to one (B, T) tensor: [[1, 2], [3]] and 0 give [[1, 2], [3, 0]]."""
+    length = max(map(len, sequences))
+    return torch.tensor([list(sequence) + [value] * (length - len(sequence)) for sequence in sequences])
+
+
+def collate_sequences(sequences, pad_id):
+    """(prompt ids, response ids) pairs -> `input_ids` and `response_mask`, each (B, T), and `num_positions`, the
+    number of tokens that are not padding.
+
+    There is no attention mask: padding is on the right, where a causal model's response positions never look.
+    """
+    return {
+        "input_ids": pad([prompt + response for prompt, response in sequences], pad_id),
+        "response_mask": pad([[0] * len(prompt) + [1] * len(response) for prompt, response in sequences], 0).bool(),
+        "num_positions": sum(len(prompt) + len(response) for prompt, response in sequences),
+    }

@@ -1,0 +1,34 @@
+"""Train with the DPO loss: data -> checkpoint.
+
+    accelerate launch --config_file fsdp_config.yaml dpo.py --model POLICY --input data/train.jsonl \\
+        --validation data/test.jsonl --output ckpt
+
+    h = [log pi(w) - log pi_ref(w)] - [the same for l],   loss = -log sigmoid(beta h)
+
+DPO is one such step from the reference; iterative DPO takes the last policy as reference in every iteration.
+"""
+
+from data_utils import PairDataset
+from losses import dpo_loss
+from train_utils import TrainingConfig, train
+from utils import StageError, run
+
+
+def main(beta: float = 0.1, **training: TrainingConfig):
+    """Train one DPO step.
+
+    Args:
+        beta: regularisation coefficient
+    """
+    if not beta > 0:
+        raise StageError(f"--beta should be greater than 0, got {beta}")
+
+    def compute_loss(logps, batch):
+        chosen, rejected = logps.chunk(2)
+        return dpo_loss(chosen, rejected, batch["ref_chosen_logps"], batch["ref_rejected_logps"], beta)
+
+    train(compute_loss, TrainingConfig(**training), PairDataset)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,37 @@
+"""Train with the IPO loss, on summed log-probabilities: data -> checkpoint.
+
+    accelerate launch --config_file fsdp_config.yaml ipo.py --model POLICY --input data/train.jsonl \\
+        --validation data/test.jsonl --output ckpt
+
+    h = [log pi(w) - log pi_ref(w)] - [the same for l],   loss = (h - 1/(2 eta))^2
+
+IPO is one such step from the reference; iterative IPO takes the last policy as reference in every iteration.
+(TRL's IPO divides the log-probabilities by the response length; this one, like the paper's, does not.)
+"""
+
+from data_utils import PairDataset
+from losses import ipo_loss
+from train_utils import TrainingConfig, train
+from utils import StageError, run
+
+
+def main(eta: float = 0.002, soft_labels: bool = False, **training: TrainingConfig):
+    """Train one IPO step.
+
+    Args:
+        eta: regularisation coefficient (TRL's `beta` for IPO); the margin is regressed on 1/(2 eta)
+        soft_labels: regress on (2 win_prob - 1)/(2 eta) instead
+    """
+    if not eta > 0:
+        raise StageError(f"--eta should be greater than 0, got {eta}")
+
+    def compute_loss(logps, batch):
+        chosen, rejected = logps.chunk(2)
+        return ipo_loss(chosen, rejected, batch["ref_chosen_logps"], batch["ref_rejected_logps"],
+                        eta, batch["win_prob"] if soft_labels else None)
+
+    train(compute_loss, TrainingConfig(**training), PairDataset)
+
+
+if __name__ == "__main__":
+    run(main)

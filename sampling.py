@@ -1,0 +1,52 @@
+"""Sample responses to prompts with vLLM: prompts -> samples.
+
+    python sampling.py --model MODEL --input train.jsonl,test.jsonl --output train.samples.jsonl,test.samples.jsonl
+
+Input, one JSON object a line: `prompt`, and `prompt_id` (made from the text when missing).
+Output, in input order:
+    prompt_id         str, the key, unique in the file
+    prompt            str
+    prompt_token_ids  list of int, the chat-encoded prompt
+    samples           list of {text, token_ids (with the end token when one was sampled), finish_reason}
+
+A prompt over --max_prompt_tokens is never cut: it is left out, counted, and listed in `<output>.skipped.jsonl`.
+Exit code 0 means that every other prompt is in the output.
+"""
+
+from functools import partial
+
+from utils import StageError, file_lists, map_files, read_prompts, run, split_list
+from vllm_model import Sampler, SamplerConfig
+
+
+def per_file(name, value, kind, count):
+    """A flag with one value for all files, or a comma-separated value a file."""
+    try:
+        values = [kind(part) for part in split_list(value)]
+    except ValueError:
+        raise StageError(f"--{name} takes numbers ({kind.__name__}), got {value!r}") from None
+    if len(values) not in (1, count):
+        raise StageError(f"--{name} has {len(values)} values for {count} input files; give one, or one each")
+    return values * count if len(values) == 1 else values
+
+
+def main(input: str, output: str, num_samples: str = "5", temperature: str = "0.8", **sampler: SamplerConfig):
+    """Sample responses to every prompt of one or several files with one start of the model.
+
+    Args:
+        input: prompt file(s), comma-separated
+        output: samples file(s), as many
+        num_samples: K, responses a prompt; one value, or one a file
+        temperature: sampling temperature; one value, or one a file
+    """
+    inputs, outputs = file_lists(input=input, output=output)
+    config = SamplerConfig(**sampler)
+    make_work = partial(Sampler, config,
+                        num_samples=per_file("num_samples", num_samples, int, len(inputs)),
+                        temperature=per_file("temperature", temperature, float, len(inputs)))
+    jobs = [(partial(read_prompts, path), target) for path, target in zip(inputs, outputs)]
+    map_files(jobs, make_work, config.environments(), config.chunk_size, "sampling")
+
+
+if __name__ == "__main__":
+    run(main)

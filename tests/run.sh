@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up what is missing and runs the tests; pytest's own flags may follow:
+#
+#   bash tests/run.sh
+#   bash tests/run.sh -k losses -x
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ./setup.sh || exit 1
+
+# -ra names each skipped test with its reason: what is skipped has not been tested.
+status=0
+"$PYTHON" -m pytest tests -q -ra --durations=10 "$@" || status=$?
+echo "tests/run.sh took $((SECONDS / 60)) min $((SECONDS % 60)) s, setup included"
+exit "$status"

@@ -1,0 +1,393 @@
+"""Models under accelerate, and the one training loop: `train(compute_loss, config, dataset_class)`.
+
+What a stored log-probability and a trained one have in common is here: `prepare_model` and `batch_logps`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_utils import load_tokenizer, resolve_model
+from losses import sequence_logps
+from utils import StageError, check_input, die_with_parent, dump_json, log, write_text
+
+
+@dataclass
+class TrainingConfig:
+    """Settings of the training loop (defaults: the released Qwen2-1.5B recipe).
+
+    Args:
+        model: checkpoint directory or Hub id where training starts
+        input: training data
+        output: checkpoint directory: model/, metrics.jsonl, DONE
+        validation: data whose mean loss selects the checkpoint; without it the last one is kept
+        tokenizer: directory or Hub id; default: the model's
+        from_config: start from random weights of --model's config.json instead of its weights
+        learning_rate: peak of a linear schedule that ends at 0
+        warmup_ratio: share of the steps in which the learning rate rises
+        num_epochs: passes over the data
+        global_batch_size: examples an update, whatever the number of processes
+        micro_batch_size: examples a forward pass on one process; the rest is accumulated
+        max_length: prompt and response tokens; longer data is an error
+        weight_decay: AdamW's
+        max_grad_norm: clip the gradient's norm to this; 0 does not clip
+        gradient_checkpointing: recompute activations, for less memory and a third more time
+        shuffle: a new order every epoch; without it, the file's
+        eval_steps: validate every so many updates, besides each epoch's end
+        keep_last: keep the final weights too, in last/
+        start_tolerance: nats by which the stored log-probabilities of the last policy may differ from this
+            model's before training; 0 chooses 0.05 in float32 and 3 in bfloat16
+        seed: of the data order and of random weights
+    """
+
+    model: str
+    input: str
+    output: str
+    validation: str = ""
+    tokenizer: str = ""
+    from_config: bool = False
+    learning_rate: float = 5e-7
+    warmup_ratio: float = 0.1
+    num_epochs: int = 3
+    global_batch_size: int = 32
+    micro_batch_size: int = 1
+    max_length: int = 2048
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    gradient_checkpointing: bool = False
+    shuffle: bool = True
+    eval_steps: int = 500
+    keep_last: bool = False
+    start_tolerance: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_length", "eval_steps"):
+            if not getattr(self, name) > 0:
+                raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise StageError(f"--warmup_ratio should be between 0 and 1, got {self.warmup_ratio}")
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+def start_accelerator(seed):
+    """The Accelerator of this process, as `accelerate launch` or its absence says; seeds all generators.
+
+    Under FSDP 2 parameters are computed with in bfloat16, but gradients are reduced and outputs returned in
+    float32: accelerate's own policy would round both to bfloat16, which costs a log-probability two nats.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, set_seed
+    if "LOCAL_RANK" in os.environ:
+        die_with_parent()  # the launcher
+    accelerator = Accelerator()
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    if not accelerator.is_main_process:
+        log.setLevel("WARNING")
+    set_seed(seed)
+    return accelerator
+
+
+def load_model(name, from_config=False, gradient_checkpointing=False):
+    """A causal language model with float32 weights; bfloat16 ones would not move at learning rates like 5e-7."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    directory = resolve_model(name)
+    try:
+        if from_config:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise StageError(f"model {directory} does not load: {str(error).splitlines()[0]}") from None
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def batch_logps(model, batch):
+    """Summed response log-probabilities of a batch, (B,) float32: the one forward path of training and of stored values.
+
+    Positions before the first response token of the batch never meet the vocabulary.
+    """
+    ids, mask = batch["input_ids"], batch["response_mask"]  # (B, T)
+    start = int(mask.int().argmax(dim=1).min()) - 1  # predicts the first response token
+    if start < 0:
+        raise StageError("a response begins at position 0, where nothing predicts it")
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - start).logits  # (B, T - start, V)
+    return sequence_logps(logits, ids[:, start:], mask[:, start:])
+
+
+def on_device(batch, device):
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def local_batches(indices, size, accelerator):
+    """Split examples into micro-batches and deal them to the processes, the same number to each.
+
+    Yields (list of indices, whether they count): a process without one left repeats the first without counting
+    it, because all processes must take part in every collective operation.
+    """
+    batches = [indices[i:i + size] for i in range(0, len(indices), size)]
+    for i in range(0, len(batches), accelerator.num_processes):
+        mine = i + accelerator.process_index
+        yield (batches[mine], True) if mine < len(batches) else (batches[0], False)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+def train(compute_loss, config, dataset_class):
+    """Train `config.model` and write a checkpoint directory.
+
+    Args:
+        compute_loss: (logps, batch) -> losses (N,). `logps` are the summed response log-probabilities of the
+            batch's rows: (2N,) for pairs, chosen then rejected, (N,) for chats. Losses are averaged over the
+            global batch with the data set's weights.
+        config: TrainingConfig
+        dataset_class: data_utils.PairDataset or ChatDataset
+
+    Raises StageError for bad data, a loss that is not finite (with the batch's prompt ids), or stored
+    log-probabilities that are not this model's.
+    """
+    Trainer(compute_loss, config, dataset_class).run()
+
+
+class Trainer:
+    """The state of one training run; `train` is its interface."""
+
+    def __init__(self, compute_loss, config, dataset_class):
+        self.compute_loss, self.config = compute_loss, config
+        self.output = Path(config.output)
+        if (self.output / "DONE").exists():
+            raise StageError(f"{self.output} is complete (it has a DONE marker); remove it or choose another --output")
+        for path in filter(None, (config.input, config.validation)):
+            check_input(path)
+        tokenizer = load_tokenizer(config.model, config.tokenizer)
+        self.accelerator = start_accelerator(config.seed)
+        model = load_model(config.model, config.from_config, config.gradient_checkpointing)
+        vocab_size = model.get_input_embeddings().num_embeddings
+        load = lambda path: dataset_class(path, tokenizer, config.max_length, vocab_size)  # noqa: E731
+        self.data, self.validation = load(config.input), load(config.validation) if config.validation else None
+        self.tokenizer = tokenizer
+        # Tied weights are one parameter with two names in a state dict; the file should hold it once.
+        self.tied = list(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.steps_per_epoch = math.ceil(len(self.data) / config.global_batch_size)
+        self.total_steps = self.steps_per_epoch * config.num_epochs
+        self.best = {"step": 0, "validation_loss": math.inf}
+        self.first_loss = None  # of methods without stored log-probabilities
+        if self.accelerator.is_main_process:
+            if self.output.exists():  # what a run left that did not finish
+                shutil.rmtree(self.output)
+            self.output.mkdir(parents=True)
+            self.metrics_file = open(self.output / "metrics.jsonl", "w", encoding="utf-8")
+        self.describe()
+
+    def describe(self):
+        """Print settings, batch arithmetic and versions; keep them in training.json."""
+        import accelerate
+        import transformers
+        config, accelerator = self.config, self.accelerator
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent).stdout.strip()
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__,
+                    "accelerate": accelerate.__version__, "commit": commit or "unknown"}
+        self.settings = dataclasses.asdict(config)
+        log.info("settings: %s", ", ".join(f"{name} {value}" for name, value in self.settings.items()))
+        log.info("versions: %s", ", ".join(f"{name} {value}" for name, value in versions.items()))
+        accumulation = math.ceil(config.global_batch_size / config.micro_batch_size / accelerator.num_processes)
+        log.info("global batch %d = %d processes x %d examples x %d accumulated; %d examples, %d updates; %s, %s",
+                 config.global_batch_size, accelerator.num_processes, config.micro_batch_size, accumulation,
+                 len(self.data), self.total_steps, accelerator.distributed_type.value, accelerator.mixed_precision)
+        if accelerator.is_main_process:
+            write_text(self.output / "training.json", json.dumps(self.settings | versions, indent=2) + "\n")
+
+    def run(self):
+        self.started = time.monotonic()
+        for step in range(self.total_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            size = self.config.global_batch_size
+            self.update(step, self.order(epoch)[position * size:(position + 1) * size])
+            done = step + 1
+            if self.validation and (position + 1 == self.steps_per_epoch or done % self.config.eval_steps == 0):
+                self.validate(done)
+        if not self.validation:
+            self.save("model")
+        if self.config.keep_last:
+            self.save("last")
+        if self.accelerator.is_main_process:
+            self.metrics_file.close()
+            summary = {"updates": self.total_steps} | (self.best if self.validation else {})
+            write_text(self.output / "DONE", dump_json(summary) + "\n")
+            log.info("%s complete: %s", self.output, dump_json(summary))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def order(self, epoch):
+        """The example indices of an epoch: a function of seed and epoch alone."""
+        if not self.config.shuffle:
+            return list(range(len(self.data)))
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.data), generator=generator).tolist()
+
+    def learning_rate(self, step):
+        """Linear from 0 to the peak during warm-up, then linear to 0."""
+        warmup = math.ceil(self.config.warmup_ratio * self.total_steps)
+        if step < warmup:
+            return self.config.learning_rate * (step + 1) / warmup
+        return self.config.learning_rate * (self.total_steps - step) / max(1, self.total_steps - warmup)
+
+    def update(self, step, indices):
+        """One optimiser step on a global batch."""
+        self.model.train()
+        began, rate = time.monotonic(), self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        metrics = self.run_batch(self.data, indices, backward=True)
+        if not math.isfinite(metrics["loss"]):
+            raise StageError(f"loss {metrics['loss']} at step {step + 1}; prompt ids of the batch: "
+                             + ", ".join(self.data[i].get("prompt_id", f"line {i + 1}") for i in indices))
+        if step == 0:
+            self.check_start(metrics)
+        if self.config.max_grad_norm > 0:
+            metrics["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        now = time.monotonic()
+        metrics["learning_rate"] = rate
+        metrics["tokens_per_s"] = metrics.pop("tokens") / (now - began)
+        remaining = (now - self.started) / (step + 1) * (self.total_steps - step - 1)
+        self.report(step + 1, metrics, remaining)
+
+    def run_batch(self, dataset, indices, backward):
+        """Mean loss and metrics over examples dealt to all processes; with gradients when `backward`."""
+        weights = [dataset.weights[i] for i in indices]
+        normaliser = sum(weights)
+        if not normaliser > 0:
+            raise StageError(f"{dataset.path}: all examples of a batch have weight 0")
+        weight_of = dict(zip(indices, weights))
+        sums = {}
+        for mine, counts in local_batches(indices, self.config.micro_batch_size, self.accelerator):
+            batch = on_device(dataset.collate([dataset[i] for i in mine]), self.accelerator.device)
+            weight = torch.tensor([weight_of[i] * counts for i in mine], device=self.accelerator.device)
+            with torch.set_grad_enabled(backward):
+                logps = batch_logps(self.model, batch)
+                losses = self.compute_loss(logps, batch)  # (N,)
+                loss = (losses * weight).sum() / normaliser
+            if backward:
+                # Gradients are averaged over processes; the loss is a sum over them.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            with torch.no_grad():
+                self.add_metrics(sums, logps, losses, weight, batch, counts)
+        metrics = {}
+        if "start_difference" in sums:
+            metrics["start_difference"] = self.accelerator.gather(sums.pop("start_difference").reshape(1)).max().item()
+        names = sorted(sums)  # the same on every process: they depend on the method alone
+        totals = dict(zip(names, self.accelerator.reduce(torch.stack([sums[n] for n in names]), "sum").tolist()))
+        metrics["tokens"] = totals.pop("tokens")
+        metrics["loss"] = totals.pop("loss") / normaliser
+        self.first_loss = self.first_loss or metrics["loss"]
+        initial = totals.pop("untouched") / normaliser if "untouched" in totals else self.first_loss
+        metrics["normalised_loss"] = metrics["loss"] / initial if initial else math.nan
+        count = totals.pop("count")
+        return metrics | {name: total / count for name, total in totals.items()}
+
+    def add_metrics(self, sums, logps, losses, weight, batch, counts):
+        """Add one micro-batch's sums of losses and metrics. Margin and KL estimates are in nats a response."""
+        values = {"loss": (losses * weight).sum(), "count": torch.tensor(float(len(losses)) * counts),
+                  "tokens": torch.tensor(float(batch["num_positions"]) * counts)}
+        if "last_chosen_logps" in batch:
+            last = torch.cat([batch["last_chosen_logps"], batch["last_rejected_logps"]])  # (2N,)
+            ref = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+            chosen, rejected = (logps - last).chunk(2)
+            values |= {
+                "untouched": (self.compute_loss(last, batch) * weight).sum(),  # what the last policy's loss would be
+                "margin": (chosen - rejected).sum() * counts,  # 0 before training
+                "accuracy": (chosen > rejected).float().sum() * counts,
+                # Responses were drawn from the last policy: this is an unbiased estimate of KL(last || policy) ...
+                "kl_last": (last - logps).sum() / 2 * counts,
+                # ... and this takes them for the policy's own: an estimate of KL(policy || reference).
+                "kl_ref": (logps - ref).sum() / 2 * counts,
+            }
+            difference = (logps - last).abs().max()
+            sums["start_difference"] = torch.maximum(sums.get("start_difference", difference), difference)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0) + value.to(logps.device).double()
+
+    def check_start(self, metrics):
+        """Before the first update the model must be the last policy of the data file."""
+        if "start_difference" not in metrics:
+            return
+        off = metrics["start_difference"]
+        default = 3.0 if self.accelerator.mixed_precision == "bf16" else 0.05
+        tolerance = self.config.start_tolerance or default
+        log.info("untouched policy: stored log-probabilities are off by at most %.2e nats, "
+                 "the normalised loss differs from 1 by %.2e", off, abs(metrics["normalised_loss"] - 1))
+        if not off <= tolerance:
+            raise StageError(f"{self.config.input}: the last policy's stored log-probabilities differ from those of "
+                             f"{self.config.model} by up to {off:.3g} nats (allowed: {tolerance}); was the file made "
+                             "with another model or precision? Run get_logprobs.py again, launched as training is")
+
+    def report(self, step, metrics, remaining):
+        """One line on the terminal and one JSON line in metrics.jsonl."""
+        if not self.accelerator.is_main_process:
+            return
+        metrics.pop("start_difference", None)
+        self.metrics_file.write(dump_json({"step": step} | metrics) + "\n")
+        self.metrics_file.flush()
+        width = len(str(self.total_steps))
+        parts = [f"step {step:0{width}}/{self.total_steps}", f"loss {metrics['loss']:.4g}",
+                 f"rel {metrics['normalised_loss']:.4f}"]
+        if "margin" in metrics:
+            parts += [f"margin {metrics['margin']:.3g}", f"acc {metrics['accuracy']:.2f}",
+                      f"kl_last {metrics['kl_last']:.3g}", f"kl_ref {metrics['kl_ref']:.3g}"]
+        minutes, seconds = divmod(int(remaining), 60)
+        parts += [f"lr {metrics['learning_rate']:.1e}", f"tok/s {metrics['tokens_per_s']:,.0f}",
+                  f"eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
+        print(" | ".join(parts), flush=True)
+
+    def validate(self, step):
+        """Mean loss over the validation data; the weights are saved when it is the lowest so far."""
+        self.model.eval()
+        began = time.monotonic()
+        metrics = self.run_batch(self.validation, list(range(len(self.validation))), backward=False)
+        metrics.pop("start_difference", None)
+        metrics["tokens_per_s"] = metrics.pop("tokens") / (time.monotonic() - began)
+        if not math.isfinite(metrics["loss"]):
+            raise StageError(f"validation loss {metrics['loss']} after step {step}")
+        best = metrics["loss"] < self.best["validation_loss"]
+        if self.accelerator.is_main_process:
+            self.metrics_file.write(dump_json({"step": step} | {f"validation_{k}": v for k, v in metrics.items()}) + "\n")
+            self.metrics_file.flush()
+            print(f"validation after step {step}: loss {metrics['loss']:.4g} | rel {metrics['normalised_loss']:.4f}"
+                  + (" | lowest so far, saved" if best else ""), flush=True)
+        if best:
+            self.best = {"step": step, "validation_loss": metrics["loss"]}
+            self.save("model")
+
+    def save(self, name):
+        """Write weights, config and tokenizer to output/name, complete or not at all."""
+        accelerator, target = self.accelerator, self.output / name
+        state = accelerator.get_state_dict(self.model)
+        if accelerator.is_main_process:
+            temporary = self.output / f"{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            model = accelerator.unwrap_model(self.model)
+            state = {key: value for key, value in state.items() if key not in self.tied}
+            model.save_pretrained(temporary, state_dict=state)
+            self.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+        accelerator.wait_for_everyone()

@@ -1,0 +1,306 @@
+"""The vLLM engine and the two things it is used for: sampling responses and reading a judge's preferences.
+
+`Sampler` and `Judge` are built inside worker processes (`utils.map_files`), each of which owns its GPUs. Imports that
+cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import StageError, derive_seed, split_list, worker_environments
+
+JUDGE_TYPES = ("offsetbias-lm",)
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Where and how engines run.
+
+    Args:
+        gpus: auto, none, or physical GPU numbers (0,2,3)
+        gpus_per_worker: GPUs that share one copy of the model (tensor parallel)
+        cpu_workers: engines without GPUs
+        dtype: auto (bfloat16 on GPU, float32 on CPU) or a name
+        gpu_memory_utilization: share of GPU memory for weights and KV cache
+        chunk_size: prompts handed to a worker at once
+    """
+
+    gpus: str = "auto"
+    gpus_per_worker: int = 1
+    cpu_workers: int = 1
+    dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    chunk_size: int = 128
+
+    def environments(self):
+        """One dictionary of environment variables a worker. Raises StageError for GPUs that are not there."""
+        return worker_environments(self.gpus, self.gpus_per_worker, self.cpu_workers)
+
+
+@dataclass(kw_only=True)
+class SamplerConfig(EngineConfig):
+    """The policy that answers, and the engines' settings.
+
+    Args:
+        model: checkpoint directory or Hub id of the policy
+        tokenizer: directory or Hub id; default: the model's
+        top_p: nucleus mass
+        max_prompt_tokens: longer prompts are skipped and listed
+        max_new_tokens: responses end here at the latest
+        seed: the same seed gives the same samples, whatever the number of workers
+    """
+
+    model: str
+    tokenizer: str = ""
+    top_p: float = 0.95
+    max_prompt_tokens: int = 2048
+    max_new_tokens: int = 2048
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class JudgeConfig(EngineConfig):
+    """The judge that compares, and the engines' settings.
+
+    Args:
+        judge: checkpoint directory or Hub id of the judge
+        judge_type: offsetbias-lm, a generative judge that answers with one of two labels
+        judge_tokenizer: directory or Hub id; default: the judge's
+        template: file with {input}, {output_1}, {output_2}
+        labels: the two answers, comma-separated; the first says that the first output is better
+        max_prompt_tokens: records with a longer judging prompt are skipped and listed
+    """
+
+    judge: str
+    judge_type: str = "offsetbias-lm"
+    judge_tokenizer: str = ""
+    template: str = "prompts/offsetbias.txt"
+    labels: str = "Output (a),Output (b)"
+    max_prompt_tokens: int = 8191
+
+    def __post_init__(self):
+        if self.judge_type not in JUDGE_TYPES:
+            raise StageError(f"--judge_type should be one of {', '.join(JUDGE_TYPES)}, got {self.judge_type}")
+        if len(self.labels.split(",")) != 2:
+            raise StageError(f"--labels should be two answers, comma-separated, got {self.labels!r}")
+        read_template(self.template)
+
+
+class Engine:
+    """One vLLM engine in this process.
+
+    Args:
+        model: checkpoint directory or Hub id.
+        tokenizer: directory or Hub id; empty for the model's.
+        max_model_len: prompt and new tokens together, at most.
+        config: EngineConfig. Its dtype `auto` is bfloat16 on GPU and float32 on CPU; vLLM's own `auto` would make
+            float16 of a float32 checkpoint on some devices.
+
+    Raises StageError if the model has fewer than `max_model_len` positions.
+    """
+
+    def __init__(self, model, tokenizer, max_model_len, config):
+        from data_utils import resolve_model, resolve_tokenizer
+        from transformers import AutoConfig
+        directory = resolve_model(model)
+        positions = getattr(AutoConfig.from_pretrained(directory).get_text_config(), "max_position_embeddings", None)
+        if positions and max_model_len > positions:
+            raise StageError(f"{model} has {positions} positions, but prompt and new tokens may take {max_model_len}; "
+                             "lower --max_prompt_tokens or --max_new_tokens")
+        on_gpu = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if config.gpus_per_worker == 1:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in a quarter of the time
+        if not on_gpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        from vllm import LLM
+        self.llm = LLM(
+            model=directory,
+            tokenizer=resolve_tokenizer(model, tokenizer),
+            max_model_len=max_model_len,
+            dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            tensor_parallel_size=config.gpus_per_worker,
+            enforce_eager=not on_gpu,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=0,  # every request brings its own
+        )
+
+    def generate(self, prompts, sampling_params):
+        """vLLM's request outputs for lists of token ids, in order."""
+        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=False)
+
+
+class Sampler:
+    """Samples responses. Called with a list of (job number, prompt record), returns samples records.
+
+    The seed of sample k of a prompt depends on the run's seed, the prompt_id and k alone, so that neither the
+    number of workers nor the chunking changes what is drawn (as far as the engine's arithmetic allows).
+
+    Args:
+        config: SamplerConfig
+        num_samples, temperature: one value a job.
+    """
+
+    def __init__(self, config, num_samples, temperature):
+        from data_utils import end_token_id, load_tokenizer
+        self.config, self.num_samples, self.temperature = config, num_samples, temperature
+        self.tokenizer = load_tokenizer(config.model, config.tokenizer)
+        self.end_ids = sorted({end_token_id(self.tokenizer), self.tokenizer.eos_token_id})
+        self.engine = Engine(config.model, config.tokenizer, config.max_prompt_tokens + config.max_new_tokens, config)
+
+    def __call__(self, tasks):
+        from data_utils import encode_prompt
+        prompts = [encode_prompt(self.tokenizer, record["prompt"]) for _, record in tasks]
+        fits = [len(ids) <= self.config.max_prompt_tokens for ids in prompts]
+        outputs = iter(self.engine.generate(
+            [ids for ids, fit in zip(prompts, fits) if fit],
+            [self.params(*task) for task, fit in zip(tasks, fits) if fit]) if any(fits) else ())
+        results = []
+        for (_, record), ids, fit in zip(tasks, prompts, fits):
+            if fit:
+                completions = sorted(next(outputs).outputs, key=lambda completion: completion.index)
+                results.append({"prompt_id": record["prompt_id"], "prompt": record["prompt"], "prompt_token_ids": ids,
+                                "samples": [self.sample(completion) for completion in completions]})
+            else:
+                results.append({"prompt_id": record["prompt_id"], "skipped":
+                                f"the prompt has {len(ids)} tokens, --max_prompt_tokens is {self.config.max_prompt_tokens}"})
+        return results
+
+    def params(self, job, record):
+        from vllm import SamplingParams
+        return SamplingParams(n=self.num_samples[job], temperature=self.temperature[job],
+                              top_p=self.config.top_p, max_tokens=self.config.max_new_tokens,
+                              seed=derive_seed(self.config.seed, record["prompt_id"]),
+                              stop_token_ids=self.end_ids, detokenize=False)
+
+    def sample(self, completion):
+        ids = list(completion.token_ids)
+        content = ids[:-1] if completion.finish_reason == "stop" else ids
+        return {"text": self.tokenizer.decode(content, skip_special_tokens=True), "token_ids": ids,
+                "finish_reason": completion.finish_reason}
+
+
+class Judge:
+    """A generative judge that answers with one of two labels. Called with a list of (job number, record with
+    `prompt` and `samples`), returns the records with `win_probs`, `order_gap` and `label_mass`.
+
+    P(first beats second) is read at the one position where the two labels' token ids part: everything before it
+    (the chat prompt and the labels' common beginning, `Output (`) is given, and the log-probabilities of exactly
+    the two deciding tokens are asked for, so neither can fall out of a top-k list. Each ordered pair of *different*
+    texts is judged once; identical texts get 1/2.
+
+    Args:
+        config: JudgeConfig
+    """
+
+    def __init__(self, config):
+        from data_utils import encode_text, load_tokenizer
+        self.template, self.max_prompt_tokens = read_template(config.template), config.max_prompt_tokens
+        self.tokenizer = load_tokenizer(config.judge, config.judge_tokenizer)
+        labels = (encode_text(self.tokenizer, label) for label in split_list(config.labels))
+        self.label_prefix, self.label_ids = split_labels(*labels)
+        self.engine = Engine(config.judge, config.judge_tokenizer, self.max_prompt_tokens + 1, config)
+
+    def __call__(self, tasks):
+        judgements, results = [], []  # token ids of every judgement of this chunk; per record, its comparisons
+        for _, record in tasks:
+            texts = list(dict.fromkeys(sample["text"] for sample in record["samples"]))
+            orders = [(first, second) for first in texts for second in texts if first != second]
+            prompts = [self.encode(record["prompt"], first, second) for first, second in orders]
+            longest = max(map(len, prompts), default=0)
+            if longest > self.max_prompt_tokens:
+                results.append({"prompt_id": record["prompt_id"], "skipped":
+                                f"a judging prompt has {longest} tokens, the limit is {self.max_prompt_tokens}"})
+            else:
+                results.append((record, orders, slice(len(judgements), len(judgements) + len(prompts))))
+                judgements.extend(prompts)
+        answers = self.read_labels(judgements)
+        return [result if isinstance(result, dict) else self.score(*result, answers) for result in results]
+
+    def encode(self, prompt, first, second):
+        from data_utils import encode_prompt
+        return encode_prompt(self.tokenizer, fill_template(self.template, prompt, first, second)) + self.label_prefix
+
+    def read_labels(self, prompts):
+        """[(P(first label), probability of both labels together)] for prompts of token ids."""
+        from vllm import SamplingParams
+        if not prompts:
+            return []
+        first_id, second_id = self.label_ids
+        params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=[first_id, second_id], detokenize=False)
+        answers = []
+        for output in self.engine.generate(prompts, params):
+            logprobs = output.outputs[0].logprobs[0]
+            first, second = logprobs[first_id].logprob, logprobs[second_id].logprob
+            answers.append((1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second)))
+        return answers
+
+    @staticmethod
+    def score(record, orders, where, answers):
+        return record | win_matrix([sample["text"] for sample in record["samples"]], dict(zip(orders, answers[where])))
+
+
+def win_matrix(texts, judgements):
+    """Win probabilities of K responses from judgements in both orders.
+
+    Args:
+        texts: the K responses.
+        judgements: {(first, second): (P(first is better), probability on both labels)} of every ordered pair of
+            different texts.
+
+    Returns:
+        `win_probs`: K x K, `[i][j]` = P(i beats j) = mean over the two orders, None on the diagonal;
+        `order_gap`: mean absolute disagreement of the two orders over pairs of different texts, None if there are none;
+        `label_mass`: mean probability that the judge gives to its two labels together, None likewise.
+    """
+    def beats(first, second):
+        if first == second:
+            return 0.5
+        return (judgements[first, second][0] + 1 - judgements[second, first][0]) / 2
+
+    gaps = [abs(p - (1 - judgements[second, first][0])) for (first, second), (p, _) in judgements.items()]
+    masses = [mass for _, mass in judgements.values()]
+    return {
+        "win_probs": [[None if i == j else beats(a, b) for j, b in enumerate(texts)] for i, a in enumerate(texts)],
+        "order_gap": sum(gaps) / len(gaps) if gaps else None,
+        "label_mass": sum(masses) / len(masses) if masses else None,
+    }
+
+
+# Names of the three parts: ours, and those of published judge templates.
+_PLACEHOLDERS = {"input": 0, "instruction": 0, "output_1": 1, "output_a": 1, "output_2": 2, "output_b": 2}
+
+
+def read_template(path):
+    """The text of a judge template. Raises StageError unless it names the instruction and both outputs once."""
+    if not Path(path).is_file():
+        raise StageError(f"judge template {path} does not exist")
+    text = Path(path).read_text(encoding="utf-8").strip()
+    found = [_PLACEHOLDERS[name] for name in re.findall(r"\{(\w+)\}", text) if name in _PLACEHOLDERS]
+    if sorted(found) != [0, 1, 2]:
+        raise StageError(f"judge template {path} should contain {{input}}, {{output_1}} and {{output_2}} once each")
+    return text
+
+
+def fill_template(template, prompt, first, second):
+    """The template with its three parts filled in, in one pass: braces inside the parts stay what they are."""
+    parts = (prompt, first, second)
+    return re.sub(r"\{(\w+)\}",
+                  lambda match: parts[_PLACEHOLDERS[match[1]]] if match[1] in _PLACEHOLDERS else match[0], template)
+
+
+def split_labels(first_ids, second_ids):
+    """(common beginning, (deciding token of the first label, of the second)) of two labels' token ids.
+
+    Raises StageError when one label is the beginning of the other: no single position decides then.
+    """
+    for position, pair in enumerate(zip(first_ids, second_ids)):
+        if pair[0] != pair[1]:
+            return first_ids[:position], pair
+    raise StageError(f"the judge's labels {first_ids} and {second_ids} (token ids) do not differ at any position")
