@@ -38,13 +38,16 @@ locate() {
     echo "$path"
 }
 
-# Both may be relative to where the caller stands, so they are resolved before leaving from there.
-given=${PYTHON:+$(locate "$PYTHON")}
-base=$(locate "${PYTHON_BASE:-python3}")
-
 unset CDPATH
-cd "$(dirname "${BASH_SOURCE[0]}")"
-own=$PWD/.venv/bin/python
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# Both may be relative to where the caller stands, so they are resolved before leaving from there. A .venv
+# that is active is taken off the path: it cannot be made again with its own python3.
+given=${PYTHON:+$(locate "$PYTHON")}
+base=$(PATH=${PATH//"$root/.venv/bin:"/} && locate "${PYTHON_BASE:-python3}")
+
+cd "$root"
+own=$root/.venv/bin/python
 log=.venv/setup.log
 stamp=.venv/setup.stamp
 
@@ -93,7 +96,7 @@ fi
 if [[ -n ${SETUP_FOR:-} ]]; then
     flavour=$SETUP_FOR why="SETUP_FOR says so"
 elif [[ $(nvidia-smi -L 2>/dev/null) == *"GPU 0:"* ]]; then
-    flavour=gpu why="nvidia-smi lists one"
+    flavour=gpu why="nvidia-smi lists a GPU"
 else
     flavour=cpu why="nvidia-smi lists no GPU"
 fi
@@ -148,8 +151,8 @@ if command -v flock >/dev/null; then
     if ! flock -n 9; then
         say "another setup is at work on .venv; waiting for it"
         flock 9 || say "this file system has no locks: run one setup at a time"
-        ! up_to_date || finish ".venv is ready"
     fi
+    ! up_to_date || finish ".venv is ready"
 fi
 
 # Always from nothing: an interrupted pip can leave a package that looks installed and is not. The log
@@ -161,7 +164,7 @@ find .venv/ -mindepth 1 -maxdepth 1 ! -name 'setup.lo[cg]*' -exec rm -rf {} +
 free_kb=$(df -Pk .venv/ | sed -nE 's/.* ([0-9]+) +[0-9]+% .*/\1/p') || free_kb=
 if [[ -n $free_kb && $free_kb -lt $((needs_gb * 1024 * 1024)) ]]; then
     fail "The disk has $((free_kb / 1024 / 1024)) GB free; the $flavour packages need about $needs_gb GB." \
-        "Free some, or make $PWD/.venv a link to a folder on a larger disk."
+        "Free some, or make $root/.venv a link to a folder on a larger disk."
 fi
 
 say "making .venv with Python $have and the $flavour packages ($why): some minutes; progress in $log"
@@ -172,9 +175,11 @@ $(tail -n 8 "$log")" "On Debian and Ubuntu install python3-venv; or name another
 
 pip_install() {
     "$own" -m pip install --no-input --disable-pip-version-check --progress-bar off "$@" >>"$log" 2>&1 && return
-    local remedy tail
-    tail=$(tail -n 15 "$log")
-    case $tail in
+    local end errors remedy
+    end=$(tail -n 15 "$log")
+    # pip closes with advice about version conflicts also when it only lacked a network: show its errors.
+    errors=$(grep -iE '^ *(error|warning)' <<<"$end" | tail -n 4) || errors=$(tail -n 5 <<<"$end")
+    case $end in
         *"No space left"* | *quota*)
             remedy="The disk is full. Downloads need room too: TMPDIR and PIP_CACHE_DIR move them." ;;
         *Retrying* | *onnection* | *"timed out"*)
@@ -182,10 +187,10 @@ pip_install() {
         *"No matching distribution"*)
             remedy="The index has no such package for Python $have on $(uname -sm); vLLM runs on Linux." ;;
         *)
-            remedy="The whole story is in $PWD/$log." ;;
+            remedy="The whole story is in $root/$log." ;;
     esac
-    fail "pip could not install the $flavour packages; its last lines:
-$(tail -n 5 <<<"$tail")" "$remedy
+    fail "pip could not install the $flavour packages:
+$errors" "$remedy
 The next run begins from a clean .venv."
 }
 
@@ -196,7 +201,7 @@ if [[ $flavour == cpu ]]; then
 fi
 
 "$own" -c 'import torch, transformers, accelerate, datasets, vllm' >>"$log" 2>&1 ||
-    fail "The packages are installed but cannot be imported; the last lines of $PWD/$log:
+    fail "The packages are installed but cannot be imported; the last lines of $root/$log:
 $(tail -n 5 "$log")" "The next run begins from a clean .venv."
 
 # The stamp is written last, and whole: without it the next run starts over.

@@ -28,7 +28,8 @@ class TrainingConfig:
         model: checkpoint directory or Hub id where training starts
         input: training data
         output: checkpoint directory: model/, metrics.jsonl, DONE
-        validation: data whose mean loss selects the checkpoint; without it the last one is kept
+        validation: data whose mean loss is reported and selects the checkpoint
+        select: which weights go to model/: best (the lowest validation loss) or last
         tokenizer: directory or Hub id; default: the model's
         from_config: start from random weights of --model's config.json instead of its weights
         learning_rate: peak of a linear schedule that ends at 0
@@ -42,7 +43,7 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations, for less memory and a third more time
         shuffle: a new order every epoch; without it, the file's
         eval_steps: validate every so many updates, besides each epoch's end
-        keep_last: keep the final weights too, in last/
+        keep_last: keep the final weights beside the best ones, in last/
         start_tolerance: nats by which the stored log-probabilities of the last policy may differ from this
             model's before training; 0 chooses 0.05 in float32 and 3 in bfloat16
         seed: of the data order and of random weights
@@ -52,6 +53,7 @@ class TrainingConfig:
     input: str
     output: str
     validation: str = ""
+    select: str = "best"
     tokenizer: str = ""
     from_config: bool = False
     learning_rate: float = 5e-7
@@ -73,6 +75,8 @@ class TrainingConfig:
         for name in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_length", "eval_steps"):
             if not getattr(self, name) > 0:
                 raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
+        if self.select not in ("best", "last"):
+            raise StageError(f"--select should be best or last, got {self.select}")
         if not 0 <= self.warmup_ratio <= 1:
             raise StageError(f"--warmup_ratio should be between 0 and 1, got {self.warmup_ratio}")
 
@@ -103,6 +107,8 @@ def start_accelerator(seed):
 def load_model(name, from_config=False, gradient_checkpointing=False):
     """A causal language model with float32 weights; bfloat16 ones would not move at learning rates like 5e-7."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # of the single files; stages show their own
     directory = resolve_model(name)
     try:
         if from_config:
@@ -223,13 +229,13 @@ class Trainer:
             done = step + 1
             if self.validation and (position + 1 == self.steps_per_epoch or done % self.config.eval_steps == 0):
                 self.validate(done)
-        if not self.validation:
+        if not self.validation or self.config.select == "last":
             self.save("model")
         if self.config.keep_last:
             self.save("last")
         if self.accelerator.is_main_process:
             self.metrics_file.close()
-            summary = {"updates": self.total_steps} | (self.best if self.validation else {})
+            summary = {"updates": self.total_steps} | ({"best": self.best} if self.validation else {})
             write_text(self.output / "DONE", dump_json(summary) + "\n")
             log.info("%s complete: %s", self.output, dump_json(summary))
         self.accelerator.wait_for_everyone()
@@ -372,10 +378,11 @@ class Trainer:
             self.metrics_file.write(dump_json({"step": step} | {f"validation_{k}": v for k, v in metrics.items()}) + "\n")
             self.metrics_file.flush()
             print(f"validation after step {step}: loss {metrics['loss']:.4g} | rel {metrics['normalised_loss']:.4f}"
-                  + (" | lowest so far, saved" if best else ""), flush=True)
+                  + " | lowest so far" * best, flush=True)
         if best:
             self.best = {"step": step, "validation_loss": metrics["loss"]}
-            self.save("model")
+            if self.config.select == "best":
+                self.save("model")
 
     def save(self, name):
         """Write weights, config and tokenizer to output/name, complete or not at all."""

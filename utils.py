@@ -388,7 +388,6 @@ def map_chunks(make_work, chunks, environments):
     handed, redo, finished, attempts = {}, [], {}, {}  # chunks in work; lost ones; results held for order; tries
     next_index = 0
     workers = [_Worker(number, make_work, environment) for number, environment in enumerate(environments)]
-    completed = False
     try:
         while True:
             for worker in workers:
@@ -416,6 +415,7 @@ def map_chunks(make_work, chunks, environments):
                     finished[worker.task] = (handed.pop(worker.task), value)
                     worker.task = None
                 elif kind == "error":
+                    worker.ready, worker.task = True, None  # it is on its way out
                     raise StageError(f"{worker.name} failed:\n{value}")
                 elif kind == "died":
                     place = worker.task if worker.task is not None else f"start of worker {number}"
@@ -431,10 +431,9 @@ def map_chunks(make_work, chunks, environments):
             while next_index in finished:
                 yield finished.pop(next_index)
                 next_index += 1
-        completed = True
     finally:
         for worker in workers:
-            worker.stop(wait=10 if completed and worker.ready else 0)
+            worker.stop(wait=10 if worker.ready and worker.task is None else 0)
 
 
 def _receive(worker):

@@ -7,6 +7,7 @@ cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,9 @@ class Engine:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in a quarter of the time
         if not on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+            # A prompt is read in one piece: vLLM's CPU backend cannot rewind a seeded generator after part of one.
+            scheduling = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+        warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about each other
         from vllm import LLM
         self.llm = LLM(
             model=directory,
@@ -126,8 +130,10 @@ class Engine:
             gpu_memory_utilization=config.gpu_memory_utilization,
             tensor_parallel_size=config.gpus_per_worker,
             enforce_eager=not on_gpu,
+            **({} if on_gpu else scheduling),
             enable_prefix_caching=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=0,  # every request brings its own
         )
 

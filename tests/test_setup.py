@@ -164,8 +164,10 @@ def test_setup_does_nothing_and_is_quick_when_up_to_date(project):
     before, seconds = len(project.calls("-m ")), []
     for _ in range(3):
         start = time.perf_counter()
-        assert_made(project, project.setup(PYTHON=project.python))  # as one script finds it that another started
+        result = project.setup(PYTHON=project.python)  # as one script finds it that another started
         seconds.append(time.perf_counter() - start)
+        assert_made(project, result)
+        assert "up to date (cpu, Python 3.11)" in result.stderr
     assert len(project.calls("-m ")) == before
     assert min(seconds) < 1
 
@@ -181,9 +183,22 @@ def test_setup_starts_over_when_a_pin_changes(project, name):
     assert not (project.dir / ".venv/left-over").exists()
 
 
-def test_setup_starts_over_with_another_python(project):
+def test_setup_starts_over_with_another_python_base_only(project):
     assert_made(project, project.setup())
-    assert_made(project, project.setup(PYTHON_BASE="python3", FAKE_VERSION="3.12"))
+    write_program(project.bin / "python3", FAKE_PYTHON.replace("3.11", "3.12"))
+    assert_made(project, project.setup())
+    assert len(project.calls("-m venv")) == 1
+    assert_made(project, project.setup(PYTHON_BASE="python3"))
+    assert len(project.calls("-m venv")) == 2
+
+
+def test_setup_starts_over_while_its_own_venv_is_active(project):
+    assert_made(project, project.setup())
+    shutil.copy(project.python, project.python.with_name("python3"))
+    with (project.dir / "requirements.txt").open("a") as file:
+        file.write("another==1.0\n")
+    path = f"{project.python.parent}:{project.env()['PATH']}"
+    assert_made(project, project.setup(VIRTUAL_ENV=project.dir / ".venv", PATH=path))
     assert len(project.calls("-m venv")) == 2
 
 

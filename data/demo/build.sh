@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Builds the demo's two tiny models with mle.py: the start policy and, at the same time, the judge.
 #   bash data/demo/build.sh exps/demo-models        (from the project's root; PYTHON names the interpreter)
+# The tests shorten the three runs with POLICY_EPOCHS, JUDGE_SHORT_EPOCHS and JUDGE_EPOCHS.
 set -Eeuo pipefail
 dir=$1
 python=${PYTHON:-python3}
 
 [[ -e $dir/policy/DONE && -e $dir/judge/DONE ]] && exit 0
 mkdir -p "$dir"
-"$python" data/demo/game.py write --output_dir "$dir"
+"$python" data/demo/game.py write --output_dir "$dir" --prompts_per_iteration "${PROMPTS_PER_ITERATION:-1024}"
 
 fit() { # NAME START CHATS BATCH EPOCHS RATE [flags]: one run of mle.py, on one core; a finished one is kept
   local name=$1 start=$2 chats=$3 batch=$4 epochs=$5 rate=$6
@@ -26,10 +27,10 @@ fit() { # NAME START CHATS BATCH EPOCHS RATE [flags]: one run of mle.py, on one 
 }
 
 # Batches hold every answer (every ordered pair of answers) equally often, hence no shuffling.
-fit policy "$dir/policy-config" policy 24 38 2e-3 --from_config --shuffle false &
+fit policy "$dir/policy-config" policy 24 "${POLICY_EPOCHS:-38}" 2e-3 --from_config --shuffle false &
 policy=$!
 judge_ok=0
-{ fit judge-short "$dir/judge-config" judge_short 36 10 2e-3 --from_config --shuffle false &&
-  fit judge "$dir/judge-short" judge_full 24 2 2e-3 --shuffle false; } || judge_ok=1
+{ fit judge-short "$dir/judge-config" judge_short 36 "${JUDGE_SHORT_EPOCHS:-10}" 2e-3 --from_config --shuffle false &&
+  fit judge "$dir/judge-short" judge_full 24 "${JUDGE_EPOCHS:-2}" 2e-3 --shuffle false; } || judge_ok=1
 wait "$policy"
 exit "$judge_ok"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import check_input, jsonl_writer, read_jsonl, run, write_text  # noqa: E402
+from utils import jsonl_writer, run, write_text  # noqa: E402
 from vllm_model import fill_template, read_template  # noqa: E402
 
 NAMES = ("mountains", "sea", "city")
@@ -118,7 +118,7 @@ def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per
     write_models(output_dir, full)
     numbered = {f"train_{split}": [(f"train_{split}-{n}", learn[n % len(learn)]) for n in range(prompts_per_iteration)]
                 for split in range(num_splits)}
-    numbered |= {"test": [(f"test-{n}", prompt) for n, prompt in enumerate(held_out)],
+    numbered |= {"test": [(f"test-{n}", held_out[n % len(held_out)]) for n in range(prompts_per_iteration // 8)],
                  "eval": [(f"eval-{n}", prompt) for n, prompt in enumerate(learn[:96] + held_out)]}
     for name, prompts in numbered.items():
         with jsonl_writer(output_dir / "prompts" / f"{name}.jsonl") as write_record:
@@ -165,6 +165,16 @@ def describe(checkpoint):
             "duality_gap": sum(map(duality_gap, normalised)) / len(rows), "duality_gap_of_mean": duality_gap(mean)}
 
 
+def measure(start, checkpoints):
+    """One record a policy: `describe` and its mean win probability against the start and the previous policy."""
+    rows = [{"iteration": "start"} | describe(start) | {"win_prob": [None, None]}]
+    for checkpoint in checkpoints:
+        paths = [checkpoint.parent / "eval" / f"vs_{name}.json" for name in ("start", "previous")]
+        wins = [json.loads(path.read_text())["mean_win_prob"] if path.exists() else None for path in paths]
+        rows.append({"iteration": int(checkpoint.parent.name[4:])} | describe(checkpoint) | {"win_prob": wins})
+    return rows
+
+
 def table(experiment: str, start: str = "exps/demo-models/policy"):
     """Print answer distribution, duality gap and win rates by iteration, and write them to <experiment>/game.json.
 
@@ -172,20 +182,16 @@ def table(experiment: str, start: str = "exps/demo-models/policy"):
         experiment: directory of the run
         start: checkpoint of the start policy
     """
-    experiment = Path(experiment)
+    experiment, target = Path(experiment), Path(experiment) / "game.json"
     checkpoints = sorted((p.parent for p in experiment.glob("iter*/ckpt/DONE")), key=lambda p: int(p.parent.name[4:]))
-    rows = [{"iteration": "start"} | describe(start)]
-    for checkpoint in checkpoints:
-        wins = {}
-        for name in ("start", "previous"):
-            path = checkpoint.parent / "eval" / f"vs_{name}.json"
-            wins[name] = json.loads(path.read_text())["mean_win_prob"] if path.exists() else None
-        rows.append({"iteration": int(checkpoint.parent.name[4:])} | describe(checkpoint) | {"win_prob": wins})
-    write_text(experiment / "game.json", json.dumps(rows, indent=1) + "\n")
+    sources = [c / "DONE" for c in checkpoints] + list(experiment.glob("iter*/eval/vs_*.json"))
+    if not target.exists() or any(source.stat().st_mtime > target.stat().st_mtime for source in sources):
+        write_text(target, json.dumps(measure(start, checkpoints), indent=1) + "\n")
+    rows = json.loads(target.read_text())
     print(f"\n{'':10} {'exact probability of the answers':^38}           {'P(win) against':^18}")
     print(f"{'iteration':10} {'mountains':>9} {'sea':>9} {'city':>9} {'other':>8} {'gap':>9} {'start':>9} {'previous':>9}")
     for row in rows:
-        wins = [f"{p:9.3f}" if p is not None else f"{'-':>9}" for p in row.get("win_prob", {"s": None, "p": None}).values()]
+        wins = [f"{p:9.3f}" if p is not None else f"{'-':>9}" for p in row["win_prob"]]
         print(f"{row['iteration']!s:10} " + " ".join(f"{p:9.3f}" for p in row["distribution"])
               + f" {row['other']:8.3f} {row['duality_gap']:9.3f} " + " ".join(wins))
     print(f"{'Nash':10} " + " ".join(f"{p:9.3f}" for p in (4 / 11, 3 / 11, 4 / 11)) + f" {0:8.3f} {0:9.3f}")
