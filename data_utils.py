@@ -1,5 +1,6 @@
 """Chat encoding, tokenizers and models by name, datasets over JSONL files, padding and collators."""
 
+import functools
 import itertools
 import json
 import re
@@ -68,10 +69,7 @@ def encode_chat(tokenizer, messages, add_generation_prompt=True):
     Args:
         messages: list of {"role", "content"}.
     """
-    special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    special = [token for token in special if token in set(tokenizer.all_special_tokens) or
-               tokenizer.added_tokens_decoder[tokenizer.get_added_vocab()[token]].special]
-    pattern = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else None
+    pattern = special_token_pattern(tokenizer)
     contents = "".join(message["content"] for message in messages)
     if not pattern or not pattern.search(contents):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -79,18 +77,26 @@ def encode_chat(tokenizer, messages, add_generation_prompt=True):
     # Spellings inside the contents are hidden behind private-use characters while the template is rendered, so
     # that every spelling in the rendered text is the template's own.
     free = (chr(code) for code in itertools.count(0xE000) if chr(code) not in contents)
-    hidden = {token: next(free) for token in special}
+    hidden = {token: next(free) for token in set(pattern.findall(contents))}
     masked = [{**message, "content": pattern.sub(lambda match: hidden[match[0]], message["content"])}
               for message in messages]
     text = tokenizer.apply_chat_template(masked, tokenize=False, add_generation_prompt=add_generation_prompt)
     restore = str.maketrans({character: token for token, character in hidden.items()})
     ids = []
-    for part in pattern.split(text):
-        if part in hidden:
+    for position, part in enumerate(pattern.split(text)):  # ordinary text and special tokens in turn
+        if position % 2:
             ids.append(tokenizer.convert_tokens_to_ids(part))
         elif part:
             ids.extend(encode_text(tokenizer, part.translate(restore)))
     return ids
+
+
+@functools.cache
+def special_token_pattern(tokenizer):
+    """A regular expression with one group that matches any special token's spelling, or None."""
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted(tokens | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, tokens)) + ")") if tokens else None
 
 
 def encode_text(tokenizer, text):

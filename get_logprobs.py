@@ -30,7 +30,10 @@ GATHER_EVERY = 64  # micro-batches between two exchanges among processes
 
 def model_logps(name, datasets, batch_size, accelerator):
     """[(chosen, rejected) summed log-probabilities of every record, one list a data set] under one model."""
-    model = accelerator.prepare(load_model(name)).eval()
+    model = load_model(name)
+    # Under FSDP 2 accelerate shards a model only together with an optimiser; this one keeps no state and never steps.
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    model.eval()
     results = []
     for dataset in datasets:
         logps = [(math.nan, math.nan)] * len(dataset)

@@ -100,8 +100,8 @@ elif [[ $(nvidia-smi -L 2>/dev/null) == *"GPU 0:"* ]]; then
 else
     flavour=cpu why="nvidia-smi lists no GPU"
 fi
-# The space is what an installation takes at its peak, rounded up: 3.3 GB were measured for the CPU; the
-# GPU's wheels are 4 GB to download and more than twice that unpacked.
+# What an installation takes at its peak, rounded up. Measured for the CPU: 3.3 GB with a CPU build of torch,
+# 8.4 GB with the CUDA build. The GPU's wheels are 4 GB to download and about twice that unpacked.
 case $flavour in
     cpu) requirements=requirements-cpu.txt needs_gb=5 ;;
     gpu) requirements=requirements.txt needs_gb=20 ;;
@@ -178,10 +178,11 @@ pip_install() {
     local end errors remedy
     end=$(tail -n 15 "$log")
     # pip closes with advice about version conflicts also when it only lacked a network: show its errors.
-    errors=$(grep -iE '^ *(error|warning)' <<<"$end" | tail -n 4) || errors=$(tail -n 5 <<<"$end")
+    errors=$(grep -iE '^ *(error|warning)' <<<"$end" | tail -n 3) || errors=$(tail -n 5 <<<"$end")
     case $end in
         *"No space left"* | *quota*)
-            remedy="The disk is full. Downloads need room too: TMPDIR and PIP_CACHE_DIR move them." ;;
+            remedy="The disk is full. Downloads need room too: TMPDIR and PIP_CACHE_DIR move them.
+requirements-cpu.txt says how to spare the CUDA libraries on a machine without a GPU." ;;
         *Retrying* | *onnection* | *"timed out"*)
             remedy="The package index was not reached: check the network and pip's settings." ;;
         *"No matching distribution"*)

@@ -306,7 +306,7 @@ class Trainer:
         metrics["loss"] = totals.pop("loss") / normaliser
         self.first_loss = self.first_loss or metrics["loss"]
         initial = totals.pop("untouched") / normaliser if "untouched" in totals else self.first_loss
-        metrics["normalised_loss"] = metrics["loss"] / initial if initial else math.nan
+        metrics["normalised_loss"] = metrics["loss"] / max(initial, 1e-12)  # 0 only if every soft label is 1/2
         count = totals.pop("count")
         return metrics | {name: total / count for name, total in totals.items()}
 

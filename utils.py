@@ -469,8 +469,9 @@ def map_files(jobs, make_work, environments, chunk_size, description):
                     writers[number](result)
                     counts[number][0] += 1
                 bar.update()
-    for (_, path), (written, skipped) in zip(jobs, counts):
-        _report_skipped(Path(path), written, skipped)
+        bar.close()
+        for (_, path), (written, skipped) in zip(jobs, counts):
+            _report_skipped(Path(path), written, skipped)
 
 
 def _report_skipped(path, written, skipped):

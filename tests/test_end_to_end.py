@@ -130,6 +130,39 @@ def test_comal_plan_runs_nothing(finished, name, models):
     assert not (ROOT / "exps" / name / "planned").exists()
 
 
+def planned(name, models, script, **environment):
+    """The flags of every planned run of a script, in order."""
+    plan = comal(name, models, "--plan", NAME=f"{name}/planned", **environment).stdout
+    commands = [line.split() for line in plan.split("\n") if f" {script} " in line]
+    return [dict(zip(words, words[1:])) for words in commands]
+
+
+@pytest.mark.parametrize("method, trainer, moves", [
+    ("comal", "inpo.py", {2: 1}), ("inpo-small", "inpo.py", {}), ("inpo-large", "inpo.py", {}),
+    ("iter-ipo", "ipo.py", {1: 0, 2: 1, 3: 2}), ("iter-dpo", "dpo.py", {1: 0, 2: 1, 3: 2})])
+def test_comal_moves_the_reference_as_the_method_says(name, models, method, trainer, moves):
+    """`moves`: from which iteration on the reference is which iteration's policy (UPDATE_INTERVAL 2 for COMAL)."""
+    settings = {"METHOD": method, "ROUNDS": "2"} | ({"UPDATE_INTERVAL": "2"} if method == "comal" else {})
+    flags = planned(name, models, "get_logprobs.py", **settings)
+    assert len(flags) == 4 and len(planned(name, models, trainer, **settings)) == 4
+    expected = start = str(models / "policy")
+    for i, words in enumerate(flags):
+        expected = f"exps/{name}/planned/iter{moves[i]}/ckpt" if i in moves else expected
+        assert words["--reference"] == expected
+        assert words["--model"] == (f"exps/{name}/planned/iter{i - 1}/ckpt" if i else start)
+
+
+@pytest.mark.parametrize("method, trainer", [("ipo", "ipo.py"), ("dpo", "dpo.py")])
+def test_comal_baselines_take_one_iteration_over_all_prompts(name, models, method, trainer):
+    assert len(planned(name, models, trainer, METHOD=method)) == 1
+    assert planned(name, models, "sampling.py", METHOD=method)[0]["--input"].startswith(str(models / "prompts/train.jsonl"))
+
+
+def test_comal_takes_one_eta_a_round(name, models):
+    flags = planned(name, models, "inpo.py", ROUNDS="3", ETA="0.002,0.1")
+    assert [words["--eta"] for words in flags] == ["0.002"] * 2 + ["0.1"] * 4
+
+
 def test_comal_stops_at_the_first_failure(name, models):
     failed = comal(name, models, NAME=f"{name}/failed", JUDGE="no/such/judge", MODEL=str(models / "policy"))
     assert failed.returncode == 1

@@ -118,6 +118,7 @@ def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per
     write_models(output_dir, full)
     numbered = {f"train_{split}": [(f"train_{split}-{n}", learn[n % len(learn)]) for n in range(prompts_per_iteration)]
                 for split in range(num_splits)}
+    numbered["train"] = [pair for split in numbered.values() for pair in split]
     numbered |= {"test": [(f"test-{n}", held_out[n % len(held_out)]) for n in range(prompts_per_iteration // 8)],
                  "eval": [(f"eval-{n}", prompt) for n, prompt in enumerate(learn[:96] + held_out)]}
     for name, prompts in numbered.items():

@@ -1,0 +1,70 @@
+"""What the tests share: the modules on the import path, no network, small files, and two tiny tokenizers.
+
+    bash tests/run.sh
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is first imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """What `datasets` makes of the tests' files stays out of the user's cache."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
+
+
+class LengthJudge:
+    """Stands in for the judge, also in worker processes: prefers the longer response with probability 3/4."""
+
+    def __init__(self, config):
+        pass
+
+    def __call__(self, tasks):
+        return [{"prompt_id": record["prompt_id"], "skipped": "too long"} if record["prompt"] == "skip" else
+                record | self.compare([sample["text"] for sample in record["samples"]]) for _, record in tasks]
+
+    @staticmethod
+    def compare(texts):
+        from vllm_model import win_matrix
+        return win_matrix(texts, {(first, second): (0.75 if len(first) > len(second) else 0.25, 1.0)
+                                  for first in texts for second in texts if first != second})
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """A function that writes records to a JSONL file of the test's own folder and returns its path."""
+    def write(name, *records):
+        path = tmp_path / name
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        path.write_text("".join(lines), encoding="utf-8", newline="\n")
+        return path
+    return write
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory):
+    """{"policy": a ChatML tokenizer, "judge": one in Llama 3's style}, as directories with a model's config."""
+    from game import write_models
+    from vllm_model import read_template
+    directory = tmp_path_factory.mktemp("models")
+    write_models(directory, read_template(ROOT / "prompts" / "offsetbias.txt"))
+    return {name: str(directory / f"{name}-config") for name in ("policy", "judge")}
+
+
+@pytest.fixture(scope="session")
+def tokenizers(model_dirs):
+    from data_utils import load_tokenizer
+    return {name: load_tokenizer(directory) for name, directory in model_dirs.items()}
+
+
+@pytest.fixture(params=["policy", "judge"])
+def tokenizer(request, tokenizers):
+    return tokenizers[request.param]

@@ -1,0 +1,140 @@
+"""Run stages under real FSDP 2 on the CPU, one after another, in the processes of one launch:
+
+    ACCELERATE_USE_CPU=true accelerate launch --config_file fsdp_config.yaml --num_processes 2 \\
+        tests/fsdp_on_cpu.py JOBS.json
+
+accelerate switches FSDP on for GPUs only: with this variable it starts the processes and hands them the settings of the
+YAML file, but trains with DDP. So its state is completed here as `AcceleratorState.__init__` does on GPUs, and nothing
+else is replaced; the stages run through their own `main`.
+
+JOBS.json: a list of
+    script   str, a stage of the repository, or `resume` (below)
+    argv     list of str, its flags
+    env      dict, environment variables of this job
+    report   str, where the first process writes what it saw (JSON):
+             distributed_type    str
+             shards              parameter -> [shape, local shape] if it is sharded, else null
+             policies            the mixed precision of all FSDP modules, as text
+             loaded_norms        of the embeddings before sharding, one a process
+             logits_dtypes, logps_dtypes     of all forward passes
+             exit_codes          of the stage, one a process
+"""
+
+import json
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import accelerate  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+
+import train_utils  # noqa: E402
+
+seen = {}
+
+
+class FSDPAccelerator(accelerate.Accelerator):
+    """What `Accelerator()` is on GPUs under fsdp_config.yaml; notes what becomes of the model."""
+
+    def __init__(self):
+        super().__init__()
+        plugin = FullyShardedDataParallelPlugin()
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
+        for state in (PartialState._shared_state, AcceleratorState._shared_state):
+            state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+    def prepare(self, *args):
+        norm = args[0].get_input_embeddings().weight.norm().item()
+        prepared = super().prepare(*args)
+        model = prepared[0] if isinstance(prepared, (tuple, list)) else prepared
+        seen["distributed_type"] = self.distributed_type.value
+        seen["loaded_norms"] = gather_object([norm])
+        seen["shards"] = {
+            name: [list(value.shape), list(value.to_local().shape)] if isinstance(value, DTensor) else None
+            for name, value in model.named_parameters()}
+        seen["policies"] = sorted({str(module._get_fsdp_state()._mp_policy)
+                                   for module in model.modules() if isinstance(module, FSDPModule)})
+        return prepared
+
+
+def note_dtypes(sequence_logps):
+    def noted(logits, *args):
+        logps = sequence_logps(logits, *args)
+        seen.setdefault("logits_dtypes", set()).add(str(logits.dtype))
+        seen.setdefault("logps_dtypes", set()).add(str(logps.dtype))
+        return logps
+    return noted
+
+
+def resume(state_dir):
+    """Train as inpo.py does (sys.argv holds its flags) and save the state half-way; load it into a new model and a new
+    optimiser and train the second half again, into `<output>-resumed`."""
+    import inpo
+
+    def train(compute_loss, config, dataset_class):
+        output, halfway = config.output, None
+        for config.output in (output, f"{output}-resumed"):
+            reset()
+            trainer = train_utils.Trainer(compute_loss, config, dataset_class)
+            trainer.started = time.monotonic()
+            if halfway:
+                trainer.accelerator.load_state(state_dir)
+            for step in range(halfway or 0, trainer.total_steps):
+                if not halfway and step == trainer.total_steps // 2:
+                    trainer.accelerator.save_state(state_dir)
+                epoch, position = divmod(step, trainer.steps_per_epoch)
+                size = config.global_batch_size
+                trainer.update(step, trainer.order(epoch)[position * size:(position + 1) * size])
+            halfway = trainer.total_steps // 2
+
+    inpo.train = train
+    inpo.run(inpo.main)
+
+
+def reset():
+    """The next Accelerator begins anew, in the same group of processes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run(job):
+    """Exit code of one job."""
+    sys.argv = [job["script"], *job["argv"]]
+    try:
+        if job["script"] == "resume":
+            resume(sys.argv.pop(1))
+        else:
+            runpy.run_path(str(ROOT / job["script"]), run_name="__main__")
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def main(jobs_path):
+    accelerate.Accelerator = FSDPAccelerator
+    PartialState.destroy_process_group = lambda self, group=None: None  # only after the last job
+    train_utils.sequence_logps = note_dtypes(train_utils.sequence_logps)
+    for job in json.loads(Path(jobs_path).read_text()):
+        os.environ |= job["env"]
+        reset()
+        seen.clear()
+        code = run(job)
+        seen["exit_codes"] = gather_object([code])
+        if PartialState().is_main_process:
+            Path(job["report"]).write_text(json.dumps(seen, default=sorted))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

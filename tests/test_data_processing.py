@@ -1,0 +1,330 @@
+"""data_processing.py: the three pair rules on matrices made by hand, prompt splits and SFT data from local files.
+
+    python -m pytest tests/test_data_processing.py
+"""
+
+import random
+from collections import Counter
+
+import pytest
+
+from data_processing import PAIR_RULES, first_exchange, make_pair, make_pairs, make_prompts, make_sft, mean_win_probs
+from data_utils import ChatDataset, encode_prompt, encode_text
+from utils import StageError, read_jsonl, text_id
+
+# Row i, column j: P(i beats j). Scores (0.9 + 0.6)/2 = 0.75, (0.1 + 0.7)/2 = 0.4, (0.4 + 0.3)/2 = 0.35.
+THREE = [[None, 0.9, 0.6], [0.1, None, 0.7], [0.4, 0.3, None]]
+# Scores (1.0, 2.0, 1.4, 3.0, 2.6)/4 = 0.25, 0.5, 0.35, 0.75, 0.65: best 3, then 4, 1, 2, worst 0.
+FIVE = [[None, 0.4, 0.3, 0.2, 0.1],
+        [0.6, None, 0.7, 0.2, 0.5],
+        [0.7, 0.3, None, 0.1, 0.3],
+        [0.8, 0.8, 0.9, None, 0.5],
+        [0.9, 0.5, 0.7, 0.5, None]]
+# Sample 0 has the best score, (0.45 + 0.95)/2 = 0.7 against (0.55 + 0.6)/2 = 0.575, and loses to 1 directly.
+UPSET = [[None, 0.45, 0.95], [0.55, None, 0.6], [0.05, 0.4, None]]
+EVEN = [[None, 0.5, 0.5], [0.5, None, 0.5], [0.5, 0.5, None]]
+
+
+def scored(win_probs, prompt_id="a", texts=None, lengths=None):
+    """A scores record of K samples, which are named s0, s1, ... and have 1, 2, ... tokens."""
+    size = len(win_probs)
+    texts, lengths = texts or [f"s{i}" for i in range(size)], lengths or range(1, size + 1)
+    samples = [{"text": text, "token_ids": [i] * length, "finish_reason": "stop"}
+               for i, (text, length) in enumerate(zip(texts, lengths))]
+    return {"prompt_id": prompt_id, "prompt": "Where?\u2028", "prompt_token_ids": [7, 7, 7], "samples": samples,
+            "win_probs": win_probs}
+
+
+def indices(pair):
+    """(chosen, rejected) of a pair that `scored` samples went into."""
+    return tuple(int(pair[side][0]["content"][1:]) for side in ("chosen", "rejected"))
+
+
+# ---- make_pair ----
+
+
+@pytest.mark.parametrize("win_probs, rule, expected, win_prob, scores", [
+    (THREE, "top_two", (0, 1), 0.9, (0.75, 0.4)), (THREE, "best_worst", (0, 2), 0.6, (0.75, 0.35)),
+    (FIVE, "top_two", (3, 4), 0.5, (0.75, 0.65)), (FIVE, "best_worst", (3, 0), 0.8, (0.75, 0.25)),
+    (UPSET, "top_two", (0, 1), 0.45, (0.7, 0.575)), (UPSET, "best_worst", (0, 2), 0.95, (0.7, 0.225)),
+])
+def test_make_pair_by_rank(win_probs, rule, expected, win_prob, scores):
+    assert mean_win_probs(win_probs)[expected[0]] == pytest.approx(scores[0])
+    pair, dropped = make_pair(scored(win_probs), rule, 2048, 0)
+    assert dropped is None
+    assert indices(pair) == expected
+    assert pair["win_prob"] == win_prob
+    assert (pair["score_chosen"], pair["score_rejected"]) == pytest.approx(scores)
+
+
+def test_make_pair_has_every_field():
+    pair, _ = make_pair(scored(THREE), "top_two", 2048, 0)
+    assert pair == {
+        "prompt_id": "a", "prompt": [{"role": "user", "content": "Where?\u2028"}],
+        "chosen": [{"role": "assistant", "content": "s0"}], "rejected": [{"role": "assistant", "content": "s1"}],
+        "prompt_token_ids": [7, 7, 7], "chosen_token_ids": [0], "rejected_token_ids": [1, 1], "win_prob": 0.9,
+        "score_chosen": pytest.approx(0.75), "score_rejected": pytest.approx(0.4)}
+
+
+@pytest.mark.parametrize("win_probs", [THREE, UPSET])
+def test_make_pair_random_draws_every_pair_alike_and_labels_by_the_judge(win_probs):
+    pairs = [make_pair(scored(win_probs, f"p{i}"), "random", 2048, 0)[0] for i in range(600)]
+    assert all(pair["win_prob"] > 0.5 for pair in pairs)
+    assert all(pair["win_prob"] == win_probs[indices(pair)[0]][indices(pair)[1]] for pair in pairs)
+    # 600 draws of one of three pairs: 200 each, standard deviation sqrt(600 * 1/3 * 2/3) = 11.5.
+    counts = Counter(frozenset(indices(pair)) for pair in pairs)
+    assert len(counts) == 3 and all(abs(count - 200) < 50 for count in counts.values())
+
+
+def test_make_pair_random_depends_on_seed_and_prompt_alone():
+    def drawn(seed):
+        return [indices(make_pair(scored(THREE, f"p{i}"), "random", 2048, seed)[0]) for i in range(40)]
+    first = drawn(1)
+    random.seed(5)
+    assert drawn(1) == first != drawn(2)
+
+
+@pytest.mark.parametrize("rule", PAIR_RULES)
+def test_make_pair_drops_ties(rule):
+    assert make_pair(scored(EVEN), rule, 2048, 0) == (None, "ties")
+
+
+def test_make_pair_drops_a_tie_at_the_top_only_where_it_matters():
+    # Samples 0 and 1 both score (0.5 + 0.75)/2 = 0.625, sample 2 scores 0.25.
+    tie = [[None, 0.5, 0.75], [0.5, None, 0.75], [0.25, 0.25, None]]
+    assert make_pair(scored(tie), "top_two", 2048, 0) == (None, "ties")
+    assert indices(make_pair(scored(tie), "best_worst", 2048, 0)[0]) == (0, 2)
+
+
+@pytest.mark.parametrize("rule, texts", [("top_two", ["same", "same", "s2"]), ("best_worst", ["same", "s1", "same"]),
+                                         ("random", ["same"] * 3)])
+def test_make_pair_drops_identical_responses(rule, texts):
+    assert make_pair(scored(THREE, texts=texts), rule, 2048, 0) == (None, "identical responses")
+
+
+def test_make_pair_drops_an_empty_response():
+    assert make_pair(scored(THREE, lengths=(1, 0, 1)), "top_two", 2048, 0) == (None, "empty responses")
+
+
+def test_make_pair_takes_exactly_max_length():
+    # Three prompt tokens and a longest response of four.
+    record = scored(THREE, lengths=(2, 4, 9))
+    assert make_pair(record, "top_two", 7, 0)[1] is None
+    assert make_pair(record, "top_two", 6, 0) == (None, "longer than 6 tokens")
+
+
+@pytest.mark.parametrize("change", [{"samples": scored(THREE)["samples"][:1], "win_probs": [[None]]},
+                                    {"win_probs": THREE[:2]}, {"win_probs": [row[:2] for row in THREE]}])
+def test_make_pair_needs_two_samples_and_a_square_matrix(change):
+    with pytest.raises(StageError, match="prompt_id a: .* at least 2 samples and a K x K matrix"):
+        make_pair(scored(THREE) | change, "top_two", 2048, 0)
+
+
+# ---- make_pairs ----
+
+
+def test_make_pairs_writes_one_pair_a_prompt_and_counts_the_rest(jsonl, tmp_path, caplog):
+    caplog.set_level("INFO")
+    same = scored(THREE, "d", texts=["x"] * 3)
+    scores = jsonl("scores", scored(THREE, "a"), scored(EVEN, "b"), scored(FIVE, "c"), same)
+    make_pairs(str(scores), str(tmp_path / "pairs"), pair_rule="best_worst")
+    pairs = list(read_jsonl(tmp_path / "pairs"))
+    assert [(pair["prompt_id"], indices(pair)) for pair in pairs] == [("a", (0, 2)), ("c", (3, 0))]
+    (message,) = caplog.messages
+    for words in ("4 records", "2 pairs", "1 ties", "1 identical responses"):
+        assert words in message
+
+
+def test_make_pairs_takes_several_files(jsonl, tmp_path):
+    inputs = [jsonl("a", scored(THREE, "a")), jsonl("b", scored(FIVE, "b"))]
+    make_pairs(",".join(map(str, inputs)), f"{tmp_path}/x,{tmp_path}/y")
+    assert [indices(*read_jsonl(tmp_path / name)) for name in "xy"] == [(0, 1), (3, 4)]
+
+
+def test_make_pairs_gives_the_same_file_for_the_same_seed(jsonl, tmp_path):
+    scores = jsonl("scores", *(scored(FIVE, f"p{i}") for i in range(30)))
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_pairs(str(scores), str(tmp_path / name), pair_rule="random", seed=seed)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+@pytest.mark.parametrize("record, settings, message", [
+    (scored(EVEN), {}, "no usable pair in 1 records"),
+    (scored(THREE), {"max_length": 3}, "no usable pair in 1 records .*longer than 3 tokens"),
+    (scored(THREE), {"pair_rule": "best"}, "--pair_rule should be one of top_two, best_worst, random, got best"),
+    (scored([[None]]), {}, "at least 2 samples"),
+    ({"prompt_id": "a"}, {}, "line 1: field 'prompt' is missing"),
+])
+def test_make_pairs_fails_without_an_output(jsonl, tmp_path, record, settings, message):
+    scores = jsonl("scores", record)
+    with pytest.raises(StageError, match=message):
+        make_pairs(str(scores), str(tmp_path / "pairs"), **settings)
+    assert list(tmp_path.iterdir()) == [scores]
+
+
+# ---- make_prompts ----
+
+NUM_PROMPTS = 40
+
+
+def ultrafeedback(seed=0):
+    """Rows in UltraFeedback's format: 40 different instructions, some twice, one with spaces, one missing."""
+    rows = [{"instruction": f"Instruction {i}: café\u2028東京\n", "source": "x"} for i in range(NUM_PROMPTS)]
+    rows += [rows[3], {"instruction": f"  {rows[5]['instruction']}  ", "source": "y"},
+             {"instruction": "  ", "source": "z"}, {"instruction": None, "source": "z"}]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def prompts(directory):
+    return {path.stem: [record["prompt"] for record in read_jsonl(path)] for path in sorted(directory.glob("*.jsonl"))}
+
+
+@pytest.fixture
+def split(jsonl, tmp_path):
+    """A function that runs make_prompts on these rows and returns {file: prompts}."""
+    def split(name, rows, **settings):
+        local_file = jsonl(f"{name}-rows.jsonl", *rows)
+        make_prompts(str(tmp_path / name), str(local_file), **{"num_splits": 3, "num_test": 10} | settings)
+        return prompts(tmp_path / name)
+    return split
+
+
+def test_make_prompts_splits_are_disjoint_and_complete(split, tmp_path):
+    found = split("a", ultrafeedback())
+    sizes = {name: len(texts) for name, texts in found.items()}
+    assert sizes == {"test": 10, "train": 30, "train_0": 10, "train_1": 10, "train_2": 10}
+    everything = {f"Instruction {i}: café\u2028東京" for i in range(NUM_PROMPTS)}
+    assert set(found["test"]) | set(found["train"]) == everything
+    assert len(set(found["test"] + found["train"])) == NUM_PROMPTS
+    assert sorted(found["train_0"] + found["train_1"] + found["train_2"]) == sorted(found["train"])
+    record = next(read_jsonl(tmp_path / "a" / "test.jsonl"))
+    assert record == {"prompt_id": text_id(record["prompt"]), "prompt": record["prompt"]}
+
+
+def test_make_prompts_uneven_splits_are_complete(split):
+    found = split("a", ultrafeedback(), num_splits=6, num_test=9)
+    assert [len(found[f"train_{i}"]) for i in range(6)] == [6, 5, 5, 5, 5, 5]
+    assert sorted(sum((found[f"train_{i}"] for i in range(6)), [])) == sorted(found["train"])
+
+
+def test_make_prompts_does_not_depend_on_the_order_of_rows(split):
+    assert split("a", ultrafeedback(seed=0)) == split("b", ultrafeedback(seed=1))
+
+
+def test_make_prompts_shuffles_by_seed(split):
+    first, second = split("a", ultrafeedback()), split("b", ultrafeedback(), seed=1)
+    assert first["test"] != second["test"]
+    assert sorted(first["test"] + first["train"]) == sorted(second["test"] + second["train"])
+    assert first["train"] != sorted(first["train"])
+
+
+def test_make_prompts_leaves_out_excluded_prompts(split, jsonl):
+    everything = split("a", ultrafeedback())
+    unwanted = jsonl("unwanted.jsonl", *({"prompt": f" {text}\n"} for text in everything["test"]))
+    found = split("b", ultrafeedback(), exclude=str(unwanted))
+    assert set(found["test"]) | set(found["train"]) == set(everything["train"])
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"num_test": 38}, "40 different prompts are too few for 38 test prompts .* and 3 train splits"),
+    ({"field": "prompt"}, "has no column 'prompt'; it has instruction, source"),
+    ({"exclude": "no-such-file"}, "no-such-file"),
+])
+def test_make_prompts_refuses(split, tmp_path, settings, message):
+    with pytest.raises((StageError, FileNotFoundError), match=message):  # run() shows both as one line
+        split("a", ultrafeedback(), **settings)
+    assert not (tmp_path / "a").exists()
+
+
+def test_make_prompts_names_a_file_that_is_not_json(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{ no\n")
+    with pytest.raises(StageError, match="rows.jsonl: not readable as json"):
+        make_prompts(str(tmp_path / "a"), str(tmp_path / "rows.jsonl"))
+
+
+# ---- make_sft ----
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+def turns(*contents, first="user"):
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize("messages, expected", [
+    (turns("q", "a", "more", "b"), turns("q", "a")),
+    ([SYSTEM, *turns("q", "a", "more")], [SYSTEM, *turns("q", "a")]),
+    (turns("q", " \n", "more", "b"), None), (turns("q"), None), ([], None), (turns("  ", "a"), None),
+    (turns("a", "q", first="assistant"), None),
+])
+def test_first_exchange_ends_with_the_first_answer(messages, expected):
+    assert first_exchange(messages) == expected
+
+
+def ultrachat():
+    """Rows in UltraChat's format: 12 chats of growing answers, and three without one."""
+    chats = [turns(f"q{i} <|im_end|>\u2028", "a" * i, "more", "b") for i in range(1, 13)]
+    return [{"prompt": "x", "messages": messages} for messages in chats + [turns("x"), turns("x", ""), turns("", "x")]]
+
+
+@pytest.fixture
+def sft(jsonl, tmp_path):
+    """A function that runs make_sft on the rows above and returns (train records, validation records)."""
+    def sft(**settings):
+        outputs, rows = [tmp_path / "sft.jsonl", tmp_path / "sft_test.jsonl"], jsonl("rows.jsonl", *ultrachat())
+        make_sft(*map(str, outputs), str(rows), **{"num_validation": 4} | settings)
+        return tuple(list(read_jsonl(path)) for path in outputs)
+    return sft
+
+
+def test_make_sft_writes_first_exchanges(sft, caplog):
+    caplog.set_level("INFO")
+    train, validation = sft()
+    assert (len(train), len(validation)) == (8, 4)
+    found = {record["prompt_id"]: record["messages"] for record in train + validation}
+    assert found == {str(i - 1): turns(f"q{i} <|im_end|>\u2028", "a" * i) for i in range(1, 13)}
+    assert "12 examples, 3 without an answer; 8 train, 4 validation" in caplog.text
+
+
+def test_make_sft_drops_what_is_too_long_for_the_tokenizer(sft, model_dirs, tokenizers, tmp_path):
+    tokenizer = tokenizers["policy"]
+    # Prompt, answer and end token; the limit is the length of the ninth chat.
+    lengths = [len(encode_prompt(tokenizer, f"q{i} <|im_end|>\u2028")) + len(encode_text(tokenizer, "a" * i)) + 1
+               for i in range(1, 13)]
+    limit = lengths[8]
+    train, validation = sft(tokenizer=model_dirs["policy"], max_length=limit)
+    fit = {str(i) for i, length in enumerate(lengths) if length <= limit}
+    assert {record["prompt_id"] for record in train + validation} == fit
+    assert 4 < len(fit) < 12
+    # What is kept is what mle.py takes at the same length.
+    for name, records in (("sft.jsonl", train), ("sft_test.jsonl", validation)):
+        assert len(ChatDataset(tmp_path / name, tokenizer, limit, len(tokenizer))) == len(records)
+
+
+def test_make_sft_shuffles_by_seed_and_takes_no_more_than_the_limit(sft):
+    first, again, other = sft(), sft(), sft(seed=1)
+    assert first == again != other
+    train, validation = sft(limit=6)
+    assert validation == first[1] and train == first[0][:2]
+
+
+def test_make_sft_refuses_a_validation_file_of_everything(sft, tmp_path):
+    with pytest.raises(StageError, match="12 usable examples are too few for 12 of validation"):
+        sft(num_validation=12)
+    assert not list(tmp_path.glob("sft*"))
+
+
+def test_make_sft_refuses_rows_without_messages(jsonl, tmp_path):
+    with pytest.raises(StageError, match="has no column 'messages'; it has text"):
+        make_sft(str(tmp_path / "a"), str(tmp_path / "b"), str(jsonl("rows.jsonl", {"text": "x"})))
+
+
+def test_make_sft_refuses_one_file_for_two_purposes(jsonl, tmp_path):
+    rows = jsonl("rows.jsonl", *ultrachat())
+    before = rows.read_text()
+    for output, validation in (("a", "a"), ("rows.jsonl", "b"), ("a", "rows.jsonl")):
+        with pytest.raises(StageError):
+            make_sft(str(tmp_path / output), str(tmp_path / validation), str(rows), num_validation=4)
+    assert rows.read_text() == before and list(tmp_path.iterdir()) == [rows]

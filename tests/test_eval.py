@@ -1,0 +1,148 @@
+"""eval.py: win rates, their intervals, and joining responses; and the duality gap of the demo's game.
+
+    python -m pytest tests/test_eval.py
+"""
+
+import json
+
+import pytest
+
+import eval
+from conftest import LengthJudge
+from eval import join_responses, summarise
+from game import PREFERENCE, START, duality_gap
+from utils import StageError, read_jsonl
+
+
+def comparison(prob, gap=0.0, tokens=(1, 1), texts=("a", "b")):
+    return {"prompt_id": "x", "win_probs": [[None, prob], [1 - prob, None]], "order_gap": gap,
+            "samples": [{"text": text, "token_ids": [0] * count} for text, count in zip(texts, tokens)]}
+
+
+# ---- summarise ----
+
+
+def test_summarise_all_wins():
+    found = summarise([comparison(0.9)] * 4, num_bootstrap=50)
+    assert (found["num_prompts"], found["num_ties"], found["win_rate"]) == (4, 0, 1.0)
+    assert found["win_rate_interval"] == [1.0, 1.0]
+    assert found["mean_win_prob"] == pytest.approx(0.9)
+    assert found["mean_win_prob_interval"] == pytest.approx([0.9, 0.9])
+
+
+def test_summarise_counts_a_tie_as_half():
+    # Won, lost, tied, tied: (1 + 0 + 1/2 + 1/2)/4 = 1/2; (0.9 + 0.3 + 0.5 + 0.5)/4 = 0.55
+    found = summarise([comparison(p) for p in (0.9, 0.3, 0.5, 0.5)], num_bootstrap=50)
+    assert (found["num_ties"], found["win_rate"]) == (2, 0.5)
+    assert found["mean_win_prob"] == pytest.approx(0.55)
+
+
+def test_summarise_means_of_lengths_and_gaps():
+    found = summarise([comparison(0.5, gap=None, tokens=(2, 10), texts=("aa", "")),
+                       comparison(0.7, gap=0.2, tokens=(4, 20), texts=("a", "bbb"))], num_bootstrap=2)
+    assert found["mean_tokens"] == [3, 15]
+    assert found["mean_characters"] == [1.5, 1.5]
+    assert found["order_gap"] == pytest.approx(0.2)  # identical responses have none
+    assert summarise([comparison(0.5, gap=None)], num_bootstrap=2)["order_gap"] is None
+
+
+def test_summarise_interval_is_that_of_a_binomial_proportion():
+    # 200 prompts, 60 % won: the standard error is sqrt(0.6 * 0.4/200) = 0.0346, 1.96 of them 0.068. 2,000 draws.
+    found = summarise([comparison(0.8)] * 120 + [comparison(0.2)] * 80, num_bootstrap=2000)
+    low, high = found["win_rate_interval"]
+    assert low < found["win_rate"] < high
+    assert (low, high) == pytest.approx((0.6 - 0.068, 0.6 + 0.068), abs=0.01)
+    # The probabilities are 0.8 and 0.2 instead of 1 and 0, so their interval is 0.6 times as wide.
+    prob_low, prob_high = found["mean_win_prob_interval"]
+    assert prob_low < found["mean_win_prob"] < prob_high
+    assert prob_high - prob_low == pytest.approx(0.6 * (high - low))
+
+
+def test_summarise_interval_depends_on_the_seed_alone():
+    comparisons = [comparison(i / 30) for i in range(30)]
+    first, again, other = (summarise(comparisons, seed=seed, num_bootstrap=100) for seed in (1, 1, 2))
+    assert first == again
+    assert first["mean_win_prob_interval"] != other["mean_win_prob_interval"]
+
+
+def test_summarise_is_json():
+    assert json.loads(json.dumps(summarise([comparison(0.5)], num_bootstrap=2), allow_nan=False))["num_prompts"] == 1
+
+
+# ---- join_responses and compare ----
+
+
+def response(prompt_id, text, prompt="x"):
+    return {"prompt_id": prompt_id, "prompt": prompt, "samples": [{"text": text, "token_ids": [1] * len(text)}]}
+
+
+def test_join_responses_joins_on_the_id_and_not_on_the_line(jsonl):
+    ours = jsonl("ours", response("a", "a1"), response("b", "b1", "y"))
+    theirs = jsonl("theirs", response("b", "b2", "y"), response("a", "a2"))
+    joined = [(record["prompt_id"], record["prompt"], [sample["text"] for sample in record["samples"]])
+              for record in join_responses(ours, theirs)]
+    assert joined == [("a", "x", ["a1", "a2"]), ("b", "y", ["b1", "b2"])]
+
+
+def test_join_responses_names_what_is_missing(jsonl):
+    few, many = jsonl("few", response("p0", "x")), jsonl("many", *(response(f"p{i}", "x") for i in range(13)))
+    # The first ten of the twelve, whichever side lacks them.
+    message = "few has no response to 12 prompts of the other file, first p1, p2, p3, p4, p5, p6, p7, p8, p9, p10$"
+    for paths in ((few, many), (many, few)):
+        with pytest.raises(StageError, match=message):
+            list(join_responses(*paths))
+
+
+@pytest.mark.parametrize("records, message", [
+    ([response("a", "x", prompt="another")], "have different prompts under prompt_id a"),
+    ([response("a", "x"), response("a", "y")], "theirs, line 2: prompt_id 'a' occurs a second time"),
+    ([{"prompt_id": "a", "prompt": "x"}], "theirs, line 1: field 'samples' is missing"),
+    ([response("a", "x") | {"samples": []}], "a"),
+    ([], "theirs: no records"),
+])
+def test_join_responses_refuses(jsonl, records, message):
+    with pytest.raises(StageError, match=message):
+        list(join_responses(jsonl("ours", response("a", "x")), jsonl("theirs", *records)))
+
+
+def compare(tmp_path, monkeypatch, ours, theirs, output):
+    monkeypatch.setattr(eval, "Judge", LengthJudge)
+    (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
+    eval.compare(str(ours), str(theirs), str(output), judge="J", template=str(tmp_path / "t.txt"), gpus="none")
+
+
+def test_compare_writes_comparisons_and_their_summary(jsonl, tmp_path, monkeypatch):
+    ours = jsonl("ours.jsonl", response("a", "long"), response("b", "no"), response("c", "same"))
+    theirs = jsonl("theirs.jsonl", response("c", "same"), response("b", "yes"), response("a", "x"))
+    compare(tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.jsonl")
+    assert [record["win_probs"][0][1] for record in read_jsonl(tmp_path / "vs.jsonl")] == [0.75, 0.25, 0.5]
+    summary = json.loads((tmp_path / "vs.json").read_text())
+    assert (summary["responses"], summary["baseline"]) == (str(ours), str(theirs))
+    figures = {name: summary[name] for name in ("num_prompts", "num_ties", "win_rate", "mean_win_prob")}
+    assert figures == {"num_prompts": 3, "num_ties": 1, "win_rate": 0.5, "mean_win_prob": 0.5}
+    assert summary["mean_tokens"] == [pytest.approx(10 / 3), pytest.approx(8 / 3)]
+
+
+def test_compare_refuses_an_output_that_its_summary_would_replace(jsonl, tmp_path, monkeypatch):
+    ours, theirs = jsonl("ours.jsonl", response("a", "x")), jsonl("theirs.jsonl", response("a", "yy"))
+    with pytest.raises(StageError, match="vs.json"):
+        compare(tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.json")
+
+
+# ---- The demo's game ----
+
+
+def test_preference_of_the_game_is_zero_sum():
+    for i in range(3):
+        for j in range(3):
+            assert PREFERENCE[i][j] + PREFERENCE[j][i] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("policy, gap", [
+    ((4 / 11, 3 / 11, 4 / 11), 0),  # against it each answer wins 1/2, e.g. the sea: (0.9 * 4 + 0.5 * 3 + 0.1 * 4)/11
+    ((1, 0, 0), 0.8),  # the best reply is the sea, which wins 0.9: 2 * 0.4
+    ((0, 0, 1), 0.6),  # the mountains, 0.8: 2 * 0.3
+    (START, 0.56),  # the sea: 0.9 * 0.8 + 0.5 * 0.1 + 0.1 * 0.1 = 0.78: 2 * 0.28
+])
+def test_duality_gap_values(policy, gap):
+    assert duality_gap(policy) == pytest.approx(gap, abs=1e-12)

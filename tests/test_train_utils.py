@@ -1,0 +1,419 @@
+"""The training loop, the four trainers and get_logprobs.py in one process, with tiny models on the CPU.
+
+    python -m pytest tests/test_train_utils.py        (-s shows the differences that were measured)
+
+Tolerances: float32 runs that differ only in how examples are batched or summed agreed to 2e-6 relative in the loss;
+the tests allow 1e-5.
+"""
+
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+import dpo
+import get_logprobs
+import inpo
+import ipo
+import mle
+from data_utils import encode_chat, encode_text, end_token_id
+from train_utils import Trainer, local_batches
+from training_fixtures import (LOGP_FIELDS, column, launch, load, make_pairs, plain_logp, plain_logps, read,
+                               relative_difference, save_model, setting, single_process, words, write)  # noqa: F401
+from utils import StageError
+
+# The margin's target is 25 nats, which the few small steps of a test do not reach: near it the loss would be a small
+# difference of large numbers.
+ETA, R, BETA = 0.02, 0.25, 0.1
+INPO = dict(eta=ETA, tau_eta_ratio=R, global_batch_size=11, micro_batch_size=4, num_epochs=4, learning_rate=3e-5)
+
+
+@pytest.fixture
+def train(setting, single_process, tmp_path):  # noqa: F811
+    """A function that trains in this process, by default INPO on `setting`, and returns the output directory."""
+    def run(main=inpo.main, output="ckpt", **flags):
+        defaults = dict(model=setting.policy, input=setting.data) | (INPO if main is inpo.main else {})
+        single_process(main, **(defaults | dict(output=str(tmp_path / output)) | flags))
+        return tmp_path / output
+    return run
+
+
+def pair_losses(model, records, eta=ETA, r=R):
+    """The INPO loss of each pair from its definition."""
+    def one(record):
+        chosen, rejected = plain_logps(model, record)
+        margin = (chosen - r * record["ref_chosen_logp"] - (1 - r) * record["last_chosen_logp"]
+                  - rejected + r * record["ref_rejected_logp"] + (1 - r) * record["last_rejected_logp"])
+        return (margin - 1 / (2 * eta)) ** 2
+    return torch.stack([one(record) for record in records])
+
+
+# ---------------------------------------------------------------------------------------------- pure parts
+
+def learning_rates(total_steps, **config):
+    trainer = SimpleNamespace(config=SimpleNamespace(learning_rate=8.0, **config), total_steps=total_steps)
+    return [Trainer.learning_rate(trainer, step) for step in range(total_steps)]
+
+
+def test_learning_rate_rises_in_the_warm_up_and_then_falls_to_zero():
+    assert learning_rates(10, warmup_ratio=0.2) == [4, 8, 8, 7, 6, 5, 4, 3, 2, 1]  # the next would be 0
+    assert learning_rates(4, warmup_ratio=0.3) == [4, 8, 8, 4]  # 1.2 steps are 2
+    assert learning_rates(4, warmup_ratio=0.0) == [8, 6, 4, 2]
+    assert learning_rates(4, warmup_ratio=1.0) == [2, 4, 6, 8]
+    assert learning_rates(1, warmup_ratio=0.1) == [8]
+
+
+@pytest.mark.parametrize("count, size, processes", [(1, 1, 1), (8, 4, 2), (9, 4, 2), (1, 8, 8), (7, 2, 3), (32, 3, 8), (13, 1, 5)])
+def test_local_batches_deal_equal_rounds_and_each_example_once(count, size, processes):
+    indices = random.Random(0).sample(range(100), count)
+    dealt = [list(local_batches(indices, size, SimpleNamespace(num_processes=processes, process_index=index)))
+             for index in range(processes)]
+    assert {len(rounds) for rounds in dealt} == {math.ceil(math.ceil(count / size) / processes)}
+    assert sorted(i for rounds in dealt for batch, counts in rounds if counts for i in batch) == sorted(indices)
+    assert all(0 < len(batch) <= size and set(batch) <= set(indices) for rounds in dealt for batch, _ in rounds)
+
+
+def order(seed, epoch, shuffle=True, size=20):
+    trainer = SimpleNamespace(config=SimpleNamespace(seed=seed, shuffle=shuffle), data=range(size))
+    return Trainer.order(trainer, epoch)
+
+
+def test_data_order_is_a_function_of_seed_and_epoch():
+    first = order(0, 0)
+    torch.manual_seed(1)  # what else was drawn does not matter
+    assert order(0, 0) == first
+    assert sorted(first) == list(range(20)) != first
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert order(0, 0, shuffle=False) == order(1, 5, shuffle=False) == list(range(20))
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, setting, tmp_path):  # noqa: F811
+    # Five pairs in batches of four: the fifth makes an update of its own, with its full loss. Learning rates by hand.
+    records, rates = setting.records[:5], [3e-5, 3e-5, 2e-5, 1e-5]
+    model = load(setting.policy)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    expected = []
+    for batch, rate in zip([records[:4], records[4:]] * 2, rates):
+        losses = pair_losses(model, batch)
+        losses.mean().backward()
+        with torch.no_grad():
+            values = torch.tensor([plain_logps(model, record) for record in batch])  # (N, 2)
+            last, ref = (torch.tensor([[record[f"{name}_{side}_logp"] for side in ("chosen", "rejected")]
+                                       for record in batch]) for name in ("last", "ref"))
+            untouched = pair_losses(load(setting.policy), batch).mean().item()
+        margins = (values - last)[:, 0] - (values - last)[:, 1]
+        expected.append({
+            "loss": losses.mean().item(), "normalised_loss": losses.mean().item() / untouched,
+            "margin": margins.mean().item(), "kl_last": (last - values).mean().item(),
+            "kl_ref": (values - ref).mean().item(), "accuracy": (margins > 0).float().mean().item(), "learning_rate": rate,
+            "grad_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()})
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+    output = train(input=write(tmp_path / "five.jsonl", records), global_batch_size=4, micro_batch_size=3, num_epochs=2,
+                   warmup_ratio=0.25, shuffle=False, max_grad_norm=1.0)
+    for name in ("loss", "normalised_loss", "grad_norm", "learning_rate"):
+        assert relative_difference(column(output, name), [step[name] for step in expected]) < 1e-5, name
+    for name in ("margin", "kl_last", "kl_ref"):  # sums of a hundred nats: 1e-5 was measured
+        assert column(output, name) == pytest.approx([step[name] for step in expected], abs=1e-4), name
+    assert column(output, "accuracy")[1:] == [step["accuracy"] for step in expected[1:]]  # at step 1 it is rounding
+    trained, plain = load(output / "model").state_dict(), model.state_dict()
+    assert max((trained[name] - plain[name]).abs().max().item() for name in plain) < 2e-6  # measured: 3e-7
+
+
+def test_training_starts_at_the_last_policy_and_its_loss_falls(train, setting, capsys, caplog):  # noqa: F811
+    caplog.set_level("INFO")
+    output = train(num_epochs=6)
+    off = float(caplog.text.split("off by at most ")[1].split(" nats")[0])
+    distance = abs(column(output, "normalised_loss")[0] - 1)
+    with capsys.disabled():
+        print(f" [float32: stored log-probabilities off by {off:.1e} nats, normalised loss from 1 by {distance:.1e}] ", end="")
+    assert off < 1e-4  # measured: 4e-6 ... 1e-5
+    assert distance < 1e-6  # measured: 2e-8 ... 2e-7
+    losses = column(output, "loss")
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:])) and losses[-1] < 0.8 * losses[0]
+    assert "step 6/6 | loss " in capsys.readouterr().out
+
+
+def test_metrics_and_files_of_a_checkpoint(train, setting):  # noqa: F811
+    output = train(max_grad_norm=1.0, global_batch_size=4, num_epochs=2)
+    assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json"}
+    steps = read(output / "metrics.jsonl")
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    for step in steps:
+        assert set(step) == {"step", "loss", "normalised_loss", "margin", "accuracy", "kl_last", "kl_ref", "grad_norm",
+                             "learning_rate", "tokens_per_s"}
+    training = json.loads((output / "training.json").read_text())
+    assert training["learning_rate"] == 3e-5 and {"torch", "transformers", "accelerate", "commit"} <= set(training)
+    assert json.loads((output / "DONE").read_text()) == {"updates": 6}
+
+
+def saved_tensors(directory):
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def test_checkpoint_loads_and_holds_tied_weights_once_in_float32(train, setting):  # noqa: F811
+    output = train(validation=setting.data)
+    tensors = saved_tensors(output / "model")
+    assert "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    model = load(output / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tensors.keys() | {"lm_head.weight"} == model.state_dict().keys()
+    with torch.no_grad():  # it is the model whose loss was reported
+        loss = pair_losses(model, setting.records).mean().item()
+    assert relative_difference([loss], column(output, "validation_loss")[-1:]) < 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    messages = [{"role": "user", "content": "Where to?"}]
+    assert encode_chat(tokenizer, messages) == encode_chat(setting.tokenizer, messages)
+
+
+def test_checkpoint_of_an_untied_model_has_its_own_head(train, setting, single_process, tmp_path):  # noqa: F811
+    model = save_model(tmp_path / "untied", setting.config, seed=3, tie_word_embeddings=False)
+    single_process(get_logprobs.main, model=model, reference=model, input=setting.pairs, output=str(tmp_path / "data.jsonl"))
+    output = train(model=model, input=str(tmp_path / "data.jsonl"))
+    tensors = saved_tensors(output / "model")
+    assert tensors.keys() == load(model).state_dict().keys()
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+def swap(record):
+    """The pair with the label the other way round: training on one makes the other worse."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    return {name.replace(side, other[side]) if (side := next((s for s in other if s in name), None)) else name: value
+            for name, value in record.items()}
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_lowest_validation_loss_selects_the_checkpoint(train, setting, tmp_path, select):  # noqa: F811
+    validation = [swap(record) for record in setting.records]
+    output = train(validation=write(tmp_path / "validation.jsonl", validation), eval_steps=2, global_batch_size=4,
+                   num_epochs=2, select=select, keep_last=select == "best")
+    steps = [record["step"] for record in read(output / "metrics.jsonl") if "validation_loss" in record]
+    assert steps == [2, 3, 4, 6]  # every second one and each epoch's end
+    losses = column(output, "validation_loss")
+    assert losses[0] == min(losses) and losses[-1] > 1.1 * losses[0]
+    assert json.loads((output / "DONE").read_text()) == {"updates": 6, "best": {"step": 2, "validation_loss": losses[0]}}
+    kept = {"best": [("model", losses[0]), ("last", losses[-1])], "last": [("model", losses[-1])]}[select]
+    for name, loss in kept:
+        with torch.no_grad():
+            assert relative_difference([pair_losses(load(output / name), validation).mean().item()], [loss]) < 1e-5
+    assert (output / "last").exists() == (select == "best")
+
+
+def test_losses_do_not_depend_on_the_micro_batch_size(train):
+    runs = [column(train(output=f"micro{size}", micro_batch_size=size, global_batch_size=8), "loss") for size in (1, 3, 8)]
+    assert len(runs[0]) == 8 and len(set(runs[0])) == 8
+    assert relative_difference(runs[1], runs[0]) < 1e-5 and relative_difference(runs[2], runs[0]) < 1e-5
+
+
+def test_gradient_checkpointing_gives_the_same_losses(train, monkeypatch):
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+    calls = []
+    forward = Qwen2Attention.forward
+    monkeypatch.setattr(Qwen2Attention, "forward", lambda self, *args, **kwargs: calls.append(0) or forward(self, *args, **kwargs))
+    runs, counts = [], []
+    for checkpointing in (False, True):
+        calls.clear()
+        runs.append(column(train(output=str(checkpointing), gradient_checkpointing=checkpointing), "loss"))
+        counts.append(len(calls))
+    assert relative_difference(*runs) < 1e-5
+    assert counts[1] == 2 * counts[0]  # it did recompute
+
+
+def pair_loss_at_start(record, method, soft):
+    """What the data file alone says about the loss of the last policy."""
+    def difference(name):
+        return record[f"{name}_chosen_logp"] - record[f"{name}_rejected_logp"]
+    last, ref = difference("last"), difference("ref")
+    target = (2 * record["win_prob"] - 1 if soft else 1) / (2 * ETA)
+    return {"inpo": (R * (last - ref) - target) ** 2,  # the share 1 - R of the last policy itself cancels
+            "ipo": (last - ref - target) ** 2,
+            "dpo": math.log1p(math.exp(-BETA * (last - ref)))}[method]
+
+
+@pytest.mark.parametrize("method, soft", [("inpo", False), ("inpo", True), ("ipo", False), ("ipo", True), ("dpo", False)])
+def test_first_loss_of_every_method_by_hand(train, setting, method, soft):  # noqa: F811
+    main = {"inpo": inpo.main, "ipo": ipo.main, "dpo": dpo.main}[method]
+    own = {"inpo": dict(eta=ETA, tau_eta_ratio=R), "ipo": dict(eta=ETA), "dpo": dict(beta=BETA)}[method]
+    output = train(main, global_batch_size=11, micro_batch_size=11, num_epochs=1, **own, **({"soft_labels": True} if soft else {}))
+    expected = sum(pair_loss_at_start(record, method, soft) for record in setting.records) / len(setting.records)
+    assert relative_difference(column(output, "loss"), [expected]) < 1e-5
+    assert abs(column(output, "normalised_loss")[0] - 1) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+def test_data_of_another_model_is_refused(train, setting):  # noqa: F811
+    with pytest.raises(StageError, match=r"stored log-probabilities differ .* by up to \d.* nats .*get_logprobs.py"):
+        train(model=setting.reference)
+    train(model=setting.reference, output="allowed", start_tolerance=1000)
+
+
+def broken_model(setting, directory):  # noqa: F811
+    model = load(setting.policy)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    model.save_pretrained(directory)
+    setting.tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_prompt_ids(train, setting, tmp_path):  # noqa: F811
+    with pytest.raises(StageError, match=r"loss nan at step 1; prompt ids of the batch: p0, p1, p2$"):
+        train(model=broken_model(setting, tmp_path / "broken"), global_batch_size=3, shuffle=False)
+    assert not (tmp_path / "ckpt/DONE").exists() and not (tmp_path / "ckpt/model").exists()
+
+
+def test_a_complete_output_is_refused_and_an_incomplete_one_replaced(train, tmp_path):
+    for name in ("complete", "incomplete"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model/old").write_text("")
+    (tmp_path / "complete/DONE").write_text("{}")
+    with pytest.raises(StageError, match="complete .*DONE marker.*choose another --output"):
+        train(output="complete")
+    assert (tmp_path / "complete/model/old").exists()
+    train(output="incomplete")
+    assert not (tmp_path / "incomplete/model/old").exists() and (tmp_path / "incomplete/DONE").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"learning_rate": 0}, "--learning_rate should be greater than 0"), ({"warmup_ratio": 1.5}, "--warmup_ratio"),
+    ({"select": "first"}, "--select should be best or last"), ({"eta": 0}, "--eta should be greater than 0"),
+    ({"tau_eta_ratio": 2}, "--tau_eta_ratio"), ({"input": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+    ({"max_length": 30}, "exceed --max_length 30")])
+def test_bad_settings_are_refused(train, flags, message):
+    with pytest.raises(StageError, match=message):
+        train(**flags)
+
+
+# ---------------------------------------------------------------------------------------------- mle.py
+
+@pytest.fixture
+def chats(tmp_path, setting):  # noqa: F811
+    """Three chats, the second of a quarter's weight, the third of none at all, each with its token ids."""
+    answers = ["Go to the sea.", "Stay at home and read until the rain has passed.", "No."]
+    records = [{"prompt_id": f"c{n}", "messages": [{"role": "user", "content": "Where to?"}, {"role": "assistant", "content": answer}]}
+               | ({"weight": weight} if weight != 1 else {}) for n, (answer, weight) in enumerate(zip(answers, (1, 0.25, 0)))]
+    ids = [(encode_chat(setting.tokenizer, record["messages"][:1]),
+            encode_text(setting.tokenizer, answer) + [end_token_id(setting.tokenizer)]) for record, answer in zip(records, answers)]
+    return SimpleNamespace(path=write(tmp_path / "chats.jsonl", records), ids=ids)
+
+
+def test_mle_loss_is_the_weighted_mean_over_response_tokens(train, setting, chats):  # noqa: F811
+    output = train(mle.main, input=chats.path, global_batch_size=3, micro_batch_size=2, num_epochs=3, learning_rate=1e-3)
+    with torch.no_grad():
+        logps = [plain_logp(load(setting.policy), *ids).item() for ids in chats.ids]
+    lengths = [len(response) for _, response in chats.ids]
+    assert lengths[0] != lengths[1]
+    expected = -(logps[0] + 0.25 * logps[1]) / (lengths[0] + 0.25 * lengths[1])
+    assert relative_difference(column(output, "loss")[:1], [expected]) < 1e-5
+    assert column(output, "loss")[2] < column(output, "loss")[1] < expected
+    assert column(output, "normalised_loss")[0] == 1
+    assert set(read(output / "metrics.jsonl")[0]) == {"step", "loss", "normalised_loss", "learning_rate", "tokens_per_s"}
+
+
+def test_mle_from_config_starts_from_random_weights_of_the_seed(train, setting, chats):  # noqa: F811
+    flags = dict(model=setting.config, from_config=True, input=chats.path, global_batch_size=3, num_epochs=1, learning_rate=1e-3)
+    runs = [column(train(mle.main, output=f"run{n}", seed=seed, **flags), "loss") for n, seed in enumerate((0, 0, 1))]
+    assert runs[0][0] == pytest.approx(math.log(664), abs=0.1)  # nearly uniform over the vocabulary; measured: 0.02
+    assert runs[0] == runs[1] != runs[2]
+    with pytest.raises(StageError, match="does not load"):  # without the flag weights are never made up
+        train(mle.main, output="no", **(flags | {"from_config": False}))
+
+
+def test_a_batch_without_weight_is_refused(train, chats):
+    with pytest.raises(StageError, match="all examples of a batch have weight 0"):
+        train(mle.main, input=chats.path, global_batch_size=1, shuffle=False)
+
+
+# ---------------------------------------------------------------------------------------------- get_logprobs.py
+
+def logprobs(single_process, setting, output, **flags):  # noqa: F811
+    defaults = dict(model=setting.policy, reference=setting.reference, input=setting.pairs, output=str(output))
+    single_process(get_logprobs.main, **(defaults | flags))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_get_logprobs_equals_the_plain_computation_in_input_order(single_process, setting, tmp_path, monkeypatch, batch_size):  # noqa: F811
+    monkeypatch.setattr(get_logprobs, "GATHER_EVERY", 2)
+    pairs = read(setting.pairs)
+    files = [write(tmp_path / "one.jsonl", pairs[:4]), write(tmp_path / "two.jsonl", pairs[4:][::-1])]
+    outputs = [str(tmp_path / "out" / name) for name in ("one.jsonl", "two.jsonl")]
+    logprobs(single_process, setting, ",".join(outputs), input=",".join(files), batch_size=batch_size)
+    written = read(outputs[0]) + read(outputs[1])
+    for record, pair in zip(written, setting.records[:4] + setting.records[4:][::-1], strict=True):
+        for name in LOGP_FIELDS:
+            assert record.pop(name) == pytest.approx(pair[name], abs=1e-4), (pair["prompt_id"], name)  # measured: 2e-5
+        lengths = {f"{side}_num_tokens": len(pair[f"{side}_token_ids"]) for side in ("chosen", "rejected")}
+        assert record == {name: value for name, value in pair.items() if name not in LOGP_FIELDS} | lengths
+
+
+def test_get_logprobs_loads_one_model_where_both_are_the_same(single_process, setting, tmp_path, monkeypatch):  # noqa: F811
+    loaded = []
+    load_model = get_logprobs.load_model
+    monkeypatch.setattr(get_logprobs, "load_model", lambda name: loaded.append(name) or load_model(name))
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/model").symlink_to(setting.policy)
+    logprobs(single_process, setting, tmp_path / "out.jsonl", model=str(tmp_path / "ckpt"), reference=str(tmp_path / "ckpt/model"))
+    assert len(loaded) == 1
+    for record, pair in zip(read(tmp_path / "out.jsonl"), setting.records, strict=True):
+        for side in ("chosen", "rejected"):
+            assert record[f"last_{side}_logp"] == record[f"ref_{side}_logp"] == pytest.approx(pair[f"last_{side}_logp"], abs=1e-4)
+
+
+def test_get_logprobs_tokenises_pairs_from_elsewhere(single_process, setting, tmp_path, train):  # noqa: F811
+    foreign = [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in make_pairs(setting.tokenizer, 11)]
+    foreign[0]["chosen"][-1]["content"] += "<|im_end|>"  # spelt in the text, it is no special token
+    logprobs(single_process, setting, tmp_path / "out.jsonl", input=write(tmp_path / "in.jsonl", foreign))
+    written = read(tmp_path / "out.jsonl")
+    for record, pair in list(zip(written, setting.records, strict=True))[1:]:
+        for name in ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids"):
+            assert record[name] == pair[name]
+        assert record["ref_rejected_logp"] == pytest.approx(pair["ref_rejected_logp"], abs=1e-4)
+    assert written[0]["chosen_token_ids"].count(end_token_id(setting.tokenizer)) == 1
+    assert {record["win_prob"] for record in written} == {1.0}
+    assert len({record["prompt_id"] for record in written}) == 11
+    output = train(input=str(tmp_path / "out.jsonl"))
+    assert abs(column(output, "normalised_loss")[0] - 1) < 1e-6
+
+
+def test_get_logprobs_writes_nothing_where_a_value_is_not_finite(single_process, setting, tmp_path):  # noqa: F811
+    with pytest.raises(StageError, match="no finite log-probability for 11 of 11 pairs, first p0, p1"):
+        logprobs(single_process, setting, tmp_path / "out" / "data.jsonl", reference=broken_model(setting, tmp_path / "broken"))
+    assert not (tmp_path / "out" / "data.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------- bfloat16
+
+BF16 = ["--cpu", "--mixed_precision", "bf16", "--num_processes", "1"]
+
+
+def test_bfloat16_training_starts_where_launched_log_probabilities_say(setting, tmp_path, train, monkeypatch, capsys):  # noqa: F811
+    data, launched = tmp_path / "data.jsonl", tmp_path / "launched"
+    launch(BF16, "get_logprobs.py", *words(model=setting.policy, reference=setting.reference, input=setting.pairs, output=data))
+    launch(BF16, "inpo.py", *words(**(INPO | dict(num_epochs=1, micro_batch_size=1))),
+           *words(model=setting.policy, input=data, output=launched))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    batched = train(output="batched", input=str(data), micro_batch_size=11, num_epochs=1)
+
+    stored = [record[name] for record in read(data) for name in LOGP_FIELDS]
+    exact = [record[name] for record in setting.records for name in LOGP_FIELDS]
+    rounding = max(abs(a - b) for a, b in zip(stored, exact))
+    same, other = (abs(column(output, "normalised_loss")[0] - 1) for output in (launched, batched))
+    with capsys.disabled():
+        print(f" [bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats; normalised loss from 1 by "
+              f"{same:.1e} in the layout of get_logprobs.py, {other:.1e} in batches of 11] ", end="")
+    assert 1e-3 < rounding < 0.5  # it did run in bfloat16; measured: 0.12
+    assert same < 1e-6  # the same forward path: measured 0
+    assert other < 1e-3  # measured: 0, on another machine it may differ
+    assert {value.dtype for value in saved_tensors(launched / "model").values()} == {torch.float32}
