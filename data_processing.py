@@ -217,6 +217,9 @@ def make_sft(
         limit: at most so many examples, 0 for all
         seed: the same seed gives the same split
     """
+    paths = [Path(path).resolve() for path in (output, validation_output, local_file) if path]
+    if len(set(paths)) < len(paths):
+        raise StageError("--output, --validation_output and --local_file should be different files")
     rows = load_rows(dataset, split, local_file)
     if "messages" not in rows.column_names:
         raise StageError(f"{local_file or dataset} has no column 'messages'; it has {', '.join(rows.column_names)}")

@@ -115,7 +115,7 @@ def end_token_id(tokenizer):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}], tokenize=False)
     following = tokenizer.encode(text[text.rindex(marker) + len(marker):], add_special_tokens=False)
-    special = set(tokenizer.all_special_ids)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return next((token for token in following if token in special), tokenizer.eos_token_id)
 
 
@@ -184,10 +184,10 @@ class PairDataset(JsonlDataset):
         """
         sequences = [(r["prompt_token_ids"], r[f"{side}_token_ids"]) for side in ("chosen", "rejected") for r in records]
         batch = collate_sequences(sequences, self.pad_id)
-        batch["win_prob"] = torch.tensor([r.get("win_prob", 1.0) for r in records])
+        batch["win_prob"] = torch.tensor([r.get("win_prob", 1.0) for r in records], dtype=torch.float32)
         for name in LOGP_FIELDS:
             if name in records[0]:
-                batch[f"{name}s"] = torch.tensor([r[name] for r in records])
+                batch[f"{name}s"] = torch.tensor([r[name] for r in records], dtype=torch.float32)
         batch["prompt_ids"] = [r["prompt_id"] for r in records]
         return batch
 
@@ -214,9 +214,13 @@ class UnscoredPairDataset(PairDataset):
     def complete(self, record):
         if all(name in record for name in PAIR_FIELDS):
             return record
+        for name in ("prompt", "chosen", "rejected"):
+            if not record[name]:
+                raise StageError(f"{self.path}: {name} should be a list of messages, got []")
         texts = {side: record[side][-1]["content"] for side in ("chosen", "rejected")}
         ids = {f"{side}_token_ids": encode_text(self.tokenizer, text) + [self.end_id] for side, text in texts.items()}
-        prompt_id = str(record.get("prompt_id", text_id(json.dumps(record["prompt"]))))
+        everything = json.dumps([record["prompt"], record["chosen"], record["rejected"]])  # prompts may repeat
+        prompt_id = str(record.get("prompt_id", text_id(everything)))
         return {"win_prob": 1.0} | record | ids | {
             "prompt_id": prompt_id, "prompt_token_ids": encode_chat(self.tokenizer, record["prompt"])}
 
@@ -237,13 +241,13 @@ class ChatDataset(JsonlDataset):
         tokens = self.encode(record)
         check_tokens(self.path, tokens, "response_token_ids", self.vocab_size, self.max_length)
         weight = record.get("weight", 1.0)
-        if not weight >= 0:
+        if not (isinstance(weight, (int, float)) and weight >= 0):
             raise StageError(f"{self.path}: weight should be a number >= 0, got {weight!r}")
         return weight * len(tokens["response_token_ids"])
 
     def encode(self, record):
         """{"prompt_id", "prompt_token_ids", "response_token_ids"} of one chat; the end token is part of the answer."""
-        *context, answer = record["messages"]
+        context, answer = record["messages"][:-1], (record["messages"] or [{}])[-1]
         if not context or answer.get("role") != "assistant":
             raise StageError(f"{self.path}: messages should hold a prompt and end with the assistant's answer, "
                              f"got roles {[m.get('role') for m in record['messages']]}")
@@ -269,9 +273,9 @@ def check_tokens(path, record, field, vocab_size, max_length):
     if len(prompt) + len(response) > max_length:
         raise StageError(f"{where}: {len(prompt)} prompt and {len(response)} response tokens exceed --max_length "
                          f"{max_length}; raise it, or filter with make_pairs --max_length")
-    highest = max(max(prompt), max(response))
-    if not (highest < vocab_size and min(min(prompt), min(response)) >= 0):
-        raise StageError(f"{where}: token {highest} is outside the model's vocabulary of {vocab_size}; "
+    outside = [token for token in prompt + response if not 0 <= token < vocab_size]
+    if outside:
+        raise StageError(f"{where}: token {outside[0]} is outside the model's vocabulary of {vocab_size}; "
                          "was the file made with another model's tokenizer?")
 
 

@@ -66,14 +66,22 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
 
 # ---------------------------------------------------------------------------------------------- compare
 
+def read_responses(path):
+    """Yield the records of a responses file; raises StageError for one without a response."""
+    for record in read_jsonl(path, RESPONSE_FIELDS):
+        if not record["samples"]:
+            raise StageError(f"{path}: prompt_id {record['prompt_id']} has no response")
+        yield record
+
+
 def join_responses(responses_path, baseline_path):
     """Yield {prompt_id, prompt, samples: [response, baseline's]} for two files of responses to the same prompts.
 
     Raises StageError when one of them answers a prompt that the other does not.
     """
-    baseline = {r["prompt_id"]: r for r in read_jsonl(baseline_path, RESPONSE_FIELDS)}
+    baseline = {record["prompt_id"]: record for record in read_responses(baseline_path)}
     missing = []
-    for record in read_jsonl(responses_path, RESPONSE_FIELDS):
+    for record in read_responses(responses_path):
         other = baseline.pop(record["prompt_id"], None)
         if other is None:
             missing.append(record["prompt_id"])
@@ -99,6 +107,9 @@ def compare(responses: str, baseline: str, output: str, seed: int = 0, **judge: 
         seed: of the bootstrap
     """
     ours, theirs, outputs = file_lists(responses=responses, baseline=baseline, output=output)
+    for path in outputs:
+        if path.suffix == ".json":
+            raise StageError(f"--output {path}: the summary goes to a file of that name; end it in .jsonl")
     config = JudgeConfig(**judge)
     jobs = [(partial(join_responses, *paths), target) for *paths, target in zip(ours, theirs, outputs)]
     map_files(jobs, partial(Judge, config), config.environments(), config.chunk_size, "comparing")

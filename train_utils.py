@@ -1,6 +1,6 @@
 """Models under accelerate, and the one training loop: `train(compute_loss, config, dataset_class)`.
 
-What a stored log-probability and a trained one have in common is here: `prepare_model` and `batch_logps`.
+What a stored log-probability and a trained one have in common is here: `start_accelerator`, `load_model`, `batch_logps`.
 """
 
 import dataclasses
@@ -169,14 +169,26 @@ def train(compute_loss, config, dataset_class):
     Trainer(compute_loss, config, dataset_class).run()
 
 
+def check_output(config):
+    """Raise StageError unless --output is new or what an unfinished run left: it will be replaced."""
+    output = Path(config.output)
+    if (output / "DONE").exists():
+        raise StageError(f"{output} is complete (it has a DONE marker); remove it or choose another --output")
+    if output.exists() and any(output.iterdir()) and not (output / "metrics.jsonl").exists():
+        raise StageError(f"{output} exists and is not a training run's; choose another --output")
+    for path in filter(None, (resolve_model(config.model), config.tokenizer, config.input, config.validation)):
+        path = Path(path).resolve()
+        if output.resolve() in (path, *path.parents):
+            raise StageError(f"--output {output} would replace {path}, which training reads; choose another --output")
+
+
 class Trainer:
     """The state of one training run; `train` is its interface."""
 
     def __init__(self, compute_loss, config, dataset_class):
         self.compute_loss, self.config = compute_loss, config
         self.output = Path(config.output)
-        if (self.output / "DONE").exists():
-            raise StageError(f"{self.output} is complete (it has a DONE marker); remove it or choose another --output")
+        check_output(config)
         for path in filter(None, (config.input, config.validation)):
             check_input(path)
         tokenizer = load_tokenizer(config.model, config.tokenizer)

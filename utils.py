@@ -58,8 +58,7 @@ def run(*commands):
                     print(f"  {name:14} {inspect.getdoc(function).splitlines()[0]}", file=sys.stderr)
                 sys.exit(0 if wants_help else 2)
         flags = _flags(command)
-        if not {"--help", "-h"} & set(argv):
-            _check_flags(program, argv, flags)
+        argv = _check_flags(program, argv, flags)
         fire.Fire(_fire_command(program, command, flags), command=argv, name=program)
     except StageError as error:
         _fail(f"{program}: error: {error}", 1)
@@ -90,13 +89,18 @@ def _flags(command):
 
 
 def _check_flags(program, argv, flags):
-    """Exit with code 2 if a word of the command line is not a known flag or the value of one."""
-    words, given = list(argv), set()
+    """The command line as `--name=value` words, which Fire cannot misread, or `--help` alone.
+
+    Exits with code 2 if a word is not a known flag or the value of one.
+    """
+    words, given = list(argv), {}
     while words:
         word = words.pop(0)
+        if word in ("--help", "-h"):
+            return ["--help"]
         if not word.startswith("--") or word == "--":
             _fail(f"{program}: error: unexpected argument {word!r}; every setting is a --flag", 2)
-        name, has_value, _ = word[2:].partition("=")
+        name, has_value, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in flags:
             close = difflib.get_close_matches(name, flags, n=1)
@@ -104,15 +108,17 @@ def _check_flags(program, argv, flags):
             _fail(f"{program}: error: unknown flag --{name}{hint}", 2)
         if name in given:
             _fail(f"{program}: error: --{name} is given twice", 2)
-        given.add(name)
-        if flags[name].annotation is bool:
-            if not has_value and words and words[0].lower() in _BOOLS:
-                words.pop(0)
-        elif not has_value and (not words or words.pop(0).startswith("--")):
-            _fail(f"{program}: error: --{name} needs a value", 2)
+        if not has_value and flags[name].annotation is bool:
+            value = words.pop(0) if words and words[0].lower() in _BOOLS else "true"
+        elif not has_value:
+            if not words or words[0].startswith("--"):
+                _fail(f"{program}: error: --{name} needs a value", 2)
+            value = words.pop(0)
+        given[name] = value
     missing = [f"--{name}" for name, p in flags.items() if p.default is p.empty and name not in given]
     if missing:
         _fail(f"{program}: error: missing {', '.join(missing)}; see {program} --help", 2)
+    return [f"--{name}={value}" for name, value in given.items()]
 
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -200,8 +206,10 @@ def read_jsonl(path, fields=None, unique="prompt_id"):
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                record = json.loads(line, parse_constant=_refuse_constant)
+                if b"\\ud" in line.lower():  # half a surrogate pair is no text: no file can hold it
+                    dump_json(record).encode()
+            except ValueError as error:
                 raise StageError(f"{where}: not valid JSON ({error}); the file may be truncated") from None
             if not isinstance(record, dict):
                 raise StageError(f"{where}: expected a JSON object, got {type(record).__name__}")
@@ -213,12 +221,18 @@ def read_jsonl(path, fields=None, unique="prompt_id"):
                     raise StageError(f"{where}: field {name!r} should be {wanted}, "
                                      f"got {type(record[name]).__name__}")
             if unique in record:
+                if not isinstance(record[unique], (str, int)):
+                    raise StageError(f"{where}: {unique} should be text or a number, got {type(record[unique]).__name__}")
                 if record[unique] in seen:
                     raise StageError(f"{where}: {unique} {record[unique]!r} occurs a second time")
                 seen.add(record[unique])
             yield record
     if not seen and unique in (fields or {}):
         raise StageError(f"{path}: no records")
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def check_jsonl(path, fields):
@@ -238,7 +252,8 @@ def read_prompts(path):
     for number, record in enumerate(read_jsonl(path, PROMPT_FIELDS), 1):
         if not record["prompt"].strip():
             raise StageError(f"{path}, line {number}: the prompt is empty")
-        record["prompt_id"] = str(record.get("prompt_id") or text_id(record["prompt"]))
+        given = record.get("prompt_id")
+        record["prompt_id"] = text_id(record["prompt"]) if given in (None, "") else str(given)
         if record["prompt_id"] in seen:
             raise StageError(f"{path}, line {number}: prompt_id {record['prompt_id']!r} (made from the text where "
                              "the file has none) occurs a second time")
@@ -305,8 +320,11 @@ def worker_environments(gpus="auto", gpus_per_worker=1, cpu_workers=1):
     may be used. Raises StageError for a GPU that does not exist, or numbers that do not divide evenly.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    allowed = _physical_gpus() if visible is None else split_list(visible)
+    allowed = _physical_gpus() if visible is None else [] if visible.strip() == "-1" else split_list(visible)
     chosen = [] if gpus == "none" else allowed if gpus == "auto" else split_list(gpus)
+    if min(gpus_per_worker, cpu_workers) < 1 or len(set(chosen)) < len(chosen):
+        raise StageError(f"--gpus {gpus}, --gpus_per_worker {gpus_per_worker}, --cpu_workers {cpu_workers}: each GPU "
+                         "may be named once, and the numbers should be at least 1")
     unknown = [gpu for gpu in chosen if gpu not in allowed]
     if unknown:
         source = "nvidia-smi lists" if visible is None else "CUDA_VISIBLE_DEVICES allows"

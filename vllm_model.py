@@ -85,7 +85,7 @@ class JudgeConfig(EngineConfig):
     def __post_init__(self):
         if self.judge_type not in JUDGE_TYPES:
             raise StageError(f"--judge_type should be one of {', '.join(JUDGE_TYPES)}, got {self.judge_type}")
-        if len(self.labels.split(",")) != 2:
+        if len(split_list(self.labels)) != 2:
             raise StageError(f"--labels should be two answers, comma-separated, got {self.labels!r}")
         read_template(self.template)
 

@@ -14,7 +14,8 @@ JOBS.json: a list of
     report   str, where the first process writes what it saw (JSON):
              distributed_type    str
              shards              parameter -> [shape, local shape] if it is sharded, else null
-             policies            the mixed precision of all FSDP modules, as text
+             units               names of the modules that are gathered one by one
+             policies            their mixed precision, as text
              loaded_norms        of the embeddings before sharding, one a process
              logits_dtypes, logps_dtypes     of all forward passes
              exit_codes          of the stage, one a process
@@ -63,8 +64,9 @@ class FSDPAccelerator(accelerate.Accelerator):
         seen["shards"] = {
             name: [list(value.shape), list(value.to_local().shape)] if isinstance(value, DTensor) else None
             for name, value in model.named_parameters()}
-        seen["policies"] = sorted({str(module._get_fsdp_state()._mp_policy)
-                                   for module in model.modules() if isinstance(module, FSDPModule)})
+        units = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+        seen["units"] = list(units)
+        seen["policies"] = {str(module._get_fsdp_state()._mp_policy) for module in units.values()}
         return prepared
 
 
@@ -126,7 +128,7 @@ def main(jobs_path):
     PartialState.destroy_process_group = lambda self, group=None: None  # only after the last job
     train_utils.sequence_logps = note_dtypes(train_utils.sequence_logps)
     for job in json.loads(Path(jobs_path).read_text()):
-        os.environ |= job["env"]
+        os.environ |= {name: str(value).lower() if isinstance(value, bool) else value for name, value in job["env"].items()}
         reset()
         seen.clear()
         code = run(job)

@@ -288,16 +288,17 @@ def test_make_sft_writes_first_exchanges(sft, caplog):
     assert "12 examples, 3 without an answer; 8 train, 4 validation" in caplog.text
 
 
-def test_make_sft_drops_what_is_too_long_for_the_tokenizer(sft, model_dirs, tokenizers, tmp_path):
+@pytest.mark.parametrize("missing", [0, 1])
+def test_make_sft_drops_what_is_too_long_for_the_tokenizer(sft, model_dirs, tokenizers, tmp_path, missing):
     tokenizer = tokenizers["policy"]
-    # Prompt, answer and end token; the limit is the length of the ninth chat.
+    # Prompt, answer and end token; the limit is the length of the ninth chat, or one token less.
     lengths = [len(encode_prompt(tokenizer, f"q{i} <|im_end|>\u2028")) + len(encode_text(tokenizer, "a" * i)) + 1
                for i in range(1, 13)]
-    limit = lengths[8]
+    limit = lengths[8] - missing
     train, validation = sft(tokenizer=model_dirs["policy"], max_length=limit)
     fit = {str(i) for i, length in enumerate(lengths) if length <= limit}
     assert {record["prompt_id"] for record in train + validation} == fit
-    assert 4 < len(fit) < 12
+    assert 4 < len(fit) < 12 and ("8" in fit) == (not missing)
     # What is kept is what mle.py takes at the same length.
     for name, records in (("sft.jsonl", train), ("sft_test.jsonl", validation)):
         assert len(ChatDataset(tmp_path / name, tokenizer, limit, len(tokenizer))) == len(records)

@@ -26,8 +26,8 @@ def outputs(tmp_path_factory):
     return tmp_path_factory.mktemp("two-processes")
 
 
-def flags(setting, output, **changes):  # noqa: F811
-    return INPO | dict(model=setting.policy, input=setting.data, validation=setting.data, output=str(output)) | changes
+def flags(setting, **changes):  # noqa: F811
+    return INPO | dict(model=setting.policy, input=setting.data, validation=setting.data) | changes
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def one_process(setting, single_process, outputs):  # noqa: F811
     """The output directory of the same training in this process; done once."""
     output = outputs / "one"
     if not output.exists():
-        single_process(inpo.main, **flags(setting, output))
+        single_process(inpo.main, **flags(setting, output=str(output)))
     return output
 
 
@@ -59,7 +59,7 @@ def check_against_one_process(name, output, expected, capsys):
 
 
 def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, capsys):  # noqa: F811
-    done = launch_two("inpo.py", *words(**flags(setting, outputs / "ddp")))
+    done = launch_two("inpo.py", *words(**flags(setting, output=outputs / "ddp")))
     assert "global batch 8 = 2 processes x 2 examples x 2 accumulated; 11 examples, 4 updates; MULTI_CPU, no" in done.stdout
     check_against_one_process("DDP", outputs / "ddp", one_process, capsys)
 
@@ -68,49 +68,50 @@ def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, caps
 
 @pytest.fixture(scope="module")
 def fsdp(setting, outputs):  # noqa: F811
-    """All runs under FSDP 2, in one launch: {name: (output, report)}; see fsdp_on_cpu.py for the report."""
-    untied = save_model(outputs / "untied", setting.config, seed=3, tie_word_embeddings=False)
+    """All runs under FSDP 2, in one launch: for each its `output` and `report` (see fsdp_on_cpu.py)."""
+    untied_model = save_model(outputs / "untied-model", setting.config, seed=3, tie_word_embeddings=False)
     chats = write(outputs / "chats.jsonl", [{"messages": record["prompt"] + record["chosen"]} for record in setting.records])
     logprobs = dict(model=setting.policy, reference=setting.reference, input=setting.pairs)
-    runs = {}
+    bf16_data = outputs / "logprobs_bf16"
+    runs = SimpleNamespace(chats=chats, untied_model=untied_model)
+    jobs = []
 
-    def job(name, script, first=(), efficient=True, precision="no", state="FULL_STATE_DICT", output=None, **arguments):
-        runs[name] = SimpleNamespace(output=outputs / (output or name), report=outputs / f"{name}.json")
-        return {"script": script, "argv": [*first, *words(**arguments, output=runs[name].output)], "report": runs[name].report,
-                "env": {"FSDP_CPU_RAM_EFFICIENT_LOADING": str(efficient).lower(), "ACCELERATE_MIXED_PRECISION": precision,
-                        "FSDP_STATE_DICT_TYPE": state}}
+    def job(name, script, flags, first_words=(), efficient=True, precision="no", state="FULL_STATE_DICT"):
+        run = SimpleNamespace(output=outputs / name, report=outputs / f"{name}.json")
+        setattr(runs, name, run)
+        jobs.append({
+            "script": script, "argv": [*first_words, *words(**flags | {"output": run.output})], "report": run.report,
+            "env": {"FSDP_CPU_RAM_EFFICIENT_LOADING": efficient, "ACCELERATE_MIXED_PRECISION": precision,
+                    "FSDP_STATE_DICT_TYPE": state}})
 
-    def training(**changes):
-        return {name: value for name, value in flags(setting, "", **changes).items() if name != "output"}
-
-    jobs = [
-        job("float32", "inpo.py", efficient=False, **training()),
-        job("efficient", "inpo.py", **training(gradient_checkpointing=True)),
-        job("logprobs", "get_logprobs.py", output="logprobs.jsonl", **logprobs),
-        job("logprobs_bf16", "get_logprobs.py", output="logprobs_bf16.jsonl", precision="bf16", **logprobs),
-        job("bf16", "inpo.py", precision="bf16", **training(input=outputs / "logprobs_bf16.jsonl", micro_batch_size=1)),
-        job("resume", "resume", [outputs / "state"], state="SHARDED_STATE_DICT", **training()),
-        job("untied", "mle.py", model=untied, input=chats, global_batch_size=8, num_epochs=1, learning_rate=3e-5),
-        job("random", "mle.py", model=setting.config, from_config=True, input=chats, global_batch_size=11, num_epochs=1),
-        job("refused", "inpo.py", **training(model=setting.reference)),
-    ]
+    job("float32", "inpo.py", flags(setting), efficient=False)
+    job("efficient", "inpo.py", flags(setting, gradient_checkpointing=True))
+    job("logprobs", "get_logprobs.py", logprobs)
+    job("logprobs_bf16", "get_logprobs.py", logprobs, precision="bf16")
+    job("bf16", "inpo.py", flags(setting, input=bf16_data, validation=bf16_data, micro_batch_size=1), precision="bf16")
+    job("resume", "resume", flags(setting), [outputs / "state"], state="SHARDED_STATE_DICT")
+    job("untied", "mle.py", dict(model=untied_model, input=chats, global_batch_size=8, num_epochs=1, learning_rate=3e-5))
+    job("random", "mle.py", dict(model=setting.config, from_config=True, input=chats, global_batch_size=11, num_epochs=1))
+    job("refused", "inpo.py", flags(setting, model=setting.reference))
     (outputs / "jobs.json").write_text(json.dumps(jobs, default=str))
     launch_two("tests/fsdp_on_cpu.py", outputs / "jobs.json")
-    for run in runs.values():
-        run.report = json.loads(run.report.read_text())
-    return SimpleNamespace(**runs, chats=chats, untied_model=untied)
+    for run in vars(runs).values():
+        if hasattr(run, "report"):
+            run.report = json.loads(run.report.read_text())
+    return runs
 
 
-def test_fsdp_shards_every_parameter(fsdp):
+def test_fsdp_shards_every_parameter_and_gathers_layer_by_layer(fsdp):
+    assert fsdp.float32.report["distributed_type"] == "FSDP"
     for run in (fsdp.float32, fsdp.efficient, fsdp.logprobs, fsdp.untied):
+        assert {"", "model.layers.0", "model.layers.1"} <= set(run.report["units"])
         shards = run.report["shards"]
         assert {"model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"} <= shards.keys()
         for name, shapes in shards.items():
             assert shapes, f"{name} is no DTensor"
             (rows, *rest), local = shapes
             assert local == [rows // 2, *rest], name
-    assert "lm_head.weight" in fsdp.untied.report["shards"]
-    assert fsdp.float32.report["distributed_type"] == "FSDP"
+    assert "lm_head.weight" in fsdp.untied.report["shards"] and "lm_head.weight" not in fsdp.float32.report["shards"]
 
 
 @pytest.mark.parametrize("name", ["float32", "efficient"])

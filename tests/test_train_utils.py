@@ -274,16 +274,29 @@ def test_a_loss_that_is_not_a_number_stops_with_the_prompt_ids(train, setting, t
     assert not (tmp_path / "ckpt/DONE").exists() and not (tmp_path / "ckpt/model").exists()
 
 
-def test_a_complete_output_is_refused_and_an_incomplete_one_replaced(train, tmp_path):
-    for name in ("complete", "incomplete"):
+def test_a_complete_output_is_refused_and_an_unfinished_one_replaced(train, tmp_path):
+    for name, marker in (("complete", "DONE"), ("unfinished", "metrics.jsonl")):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model/old").write_text("")
-    (tmp_path / "complete/DONE").write_text("{}")
+        (tmp_path / name / marker).write_text("")
     with pytest.raises(StageError, match="complete .*DONE marker.*choose another --output"):
         train(output="complete")
     assert (tmp_path / "complete/model/old").exists()
-    train(output="incomplete")
-    assert not (tmp_path / "incomplete/model/old").exists() and (tmp_path / "incomplete/DONE").exists()
+    train(output="unfinished")
+    assert not (tmp_path / "unfinished/model/old").exists() and (tmp_path / "unfinished/DONE").exists()
+
+
+def test_an_output_that_holds_other_things_is_never_replaced(train, setting, tmp_path):  # noqa: F811
+    model = save_model(tmp_path / "run/model", setting.config, seed=0)
+    for flags, message in (({"output": "run/model"}, "exists and is not a training run's"),
+                           ({"output": "run", "model": setting.policy}, "exists and is not a training run's")):
+        with pytest.raises(StageError, match=message):
+            train(**({"model": model} | flags))
+    (tmp_path / "run/metrics.jsonl").write_text("")  # a run that did not finish, but whose best weights are the start of this
+    for flags in ({"model": model}, {"model": str(tmp_path / "run")}, {"tokenizer": model}):
+        with pytest.raises(StageError, match="would replace .*run/model, which training reads"):
+            train(output="run", **flags)
+    assert (tmp_path / "run/model/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
