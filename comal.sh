@@ -232,7 +232,7 @@ main() {
   exp=exps/$NAME
   describe
   check_settings
-  i=- iter=$exp
+  i=none iter=$exp
   prepare
   policy=$MODEL reference=$MODEL
   for ((i = 0; i < iterations; i++)); do
@@ -267,6 +267,8 @@ responses() { if (($1 < 0)); then echo "$exp/start/responses.jsonl"; else echo "
 
 list() { local IFS=,; echo "$*"; }
 
+where() { if [[ $i == none ]]; then echo "preparation, stage $1"; else echo "iteration $i of $iterations, stage $1"; fi; }
+
 # stage NAME OUTPUT... -- COMMAND...: run the command unless every output is there; show and keep what it prints
 stage() {
   local name=$1 outputs=() missing=
@@ -279,7 +281,7 @@ stage() {
   shift
   [[ -n $missing ]] || return 0
   if [[ -n $plan ]]; then
-    printf '\n# iteration %s: %s\n' "$i" "$name"
+    printf '\n# %s\n' "$(where "$name")"
     local word
     for word in "$@"; do [[ $word =~ ^[A-Za-z0-9_./,=:-]+$ ]] && printf '%s ' "$word" || printf '%q ' "$word"; done
     echo
@@ -287,17 +289,17 @@ stage() {
   fi
   local log=$iter/logs/$name.log began=$SECONDS code=0
   mkdir -p "$iter/logs"
-  echo "=== iteration $i of $iterations, $name  ($((SECONDS / 60)) min so far; log: $log)"
+  echo "=== $(where "$name")  ($((SECONDS / 60)) min so far; log: $log)"
   # In a session of its own, so that stopping it reaches every process that it started.
   setsid "$@" > >(tee "$log") 2>&1 &
   running=$!
   wait "$running" || code=$?
   running=
-  ((code == 0)) || die "stage '$name' of iteration $i failed with exit code $code; its output is in $log.
+  ((code == 0)) || die "$(where "$name") failed with exit code $code; its output is in $log.
 Nothing after it was run. Once the cause is mended, the same command goes on here."
   local output
   for output in "${outputs[@]}"; do
-    [[ -e $output ]] || die "stage '$name' of iteration $i ended without an error but did not write $output; see $log"
+    [[ -e $output ]] || die "$(where "$name") ended without an error but did not write $output; see $log"
   done
   echo "=== $name took $((SECONDS - began)) s"
 }

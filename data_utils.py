@@ -26,12 +26,12 @@ def resolve_model(name):
     raise StageError(f"model {name}: no config.json in {path} nor in its 'model' subfolder")
 
 
-def _download(name):
+def _download(name, only=None):
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise StageError(f"model {name}: no such directory (and not a Hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
+        return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no model
         raise StageError(f"model {name}: no such directory, and the Hub did not provide it: "
                          f"{str(error).splitlines()[0]}") from None
@@ -57,7 +57,9 @@ def resolve_tokenizer(model, tokenizer=""):
     """Where `load_tokenizer` reads: a local directory with a tokenizer, else a Hub id."""
     if not tokenizer:
         return resolve_model(model)
-    return tokenizer if Path(tokenizer).exists() else str(_download(tokenizer))
+    if Path(tokenizer).exists():
+        return tokenizer
+    return str(_download(tokenizer, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
 
 
 # ---------------------------------------------------------------------------------------------- chat encoding

@@ -166,7 +166,7 @@ def test_comal_takes_one_eta_a_round(name, models):
 def test_comal_stops_at_the_first_failure(name, models):
     failed = comal(name, models, NAME=f"{name}/failed", JUDGE="no/such/judge", MODEL=str(models / "policy"))
     assert failed.returncode == 1
-    assert "stage 'scoring' of iteration 0 failed with exit code 1" in failed.stdout
+    assert "iteration 0 of 2, stage scoring failed with exit code 1" in failed.stdout
     assert "no such directory" in failed.stdout and "logs/scoring.log" in failed.stdout
     assert not (ROOT / "exps" / name / "failed/iter0/train.scores.jsonl").exists()
 

@@ -259,6 +259,15 @@ def test_data_of_another_model_is_refused(train, setting):  # noqa: F811
     train(model=setting.reference, output="allowed", start_tolerance=1000)
 
 
+def test_a_single_pair_of_another_model_is_refused(train, setting, tmp_path):  # noqa: F811
+    for side, off in (("chosen", 0.1), ("rejected", -0.1), ("chosen", math.nan)):
+        records = [dict(record) for record in setting.records]
+        records[5][f"last_{side}_logp"] += off
+        data = write(tmp_path / "data.jsonl", records)
+        with pytest.raises(StageError, match="nats|loss nan|not valid JSON"):
+            train(input=data, shuffle=False)
+
+
 def broken_model(setting, directory):  # noqa: F811
     model = load(setting.policy)
     with torch.no_grad():
