@@ -4,7 +4,6 @@
 """
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +12,14 @@ from safetensors.torch import load_file
 
 import inpo
 import mle
-from training_fixtures import (LOGP_FIELDS, column, launch_two, load, read, relative_difference, save_model, setting,  # noqa: F401
-                               single_process, words, write)
+from training_fixtures import (LOGP_FIELDS, column, launch_two, load, read, relative_difference, save_model,  # noqa: F401
+                               setting_fixture, single_process_fixture, words, write)
 
 # Eleven pairs in batches of six and five, three micro-batches each: the second process has none in the second round, and the
 # last one is shorter.
-INPO = dict(eta=0.02, tau_eta_ratio=0.25, global_batch_size=6, micro_batch_size=2, num_epochs=2, learning_rate=3e-5, max_grad_norm=1.0)
+INPO = dict(eta=0.02, tau_eta_ratio=0.25, global_batch_size=6, micro_batch_size=2, num_epochs=2, learning_rate=3e-5,
+            max_grad_norm=1.0)
+FLOAT32 = 5e-6  # relative, of losses; measured: 4e-7
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,12 @@ def outputs(tmp_path_factory):
     return tmp_path_factory.mktemp("two-processes")
 
 
-def flags(setting, **changes):  # noqa: F811
+def flags(setting, **changes):
     return INPO | dict(model=setting.policy, input=setting.data, validation=setting.data) | changes
 
 
 @pytest.fixture
-def one_process(setting, single_process, outputs):  # noqa: F811
+def one_process(setting, single_process, outputs):
     """The output directory of the same training in this process; done once."""
     output = outputs / "one"
     if not output.exists():
@@ -54,11 +55,12 @@ def check_against_one_process(name, output, expected, capsys):
     with capsys.disabled():
         print(f" [{name} against one process: losses {loss:.1e}, gradient norms {grad_norm:.1e}, validation losses "
               f"{validation_loss:.1e}, weights {weights:.1e}] ", end="")
-    assert max(loss, grad_norm, validation_loss) < 1e-5
-    assert weights < 1e-6
+    assert max(loss, validation_loss) < FLOAT32
+    assert grad_norm < 1e-5  # measured: 3e-6 under FSDP 2, 2e-7 under DDP
+    assert weights < 1e-6  # measured: 7e-8, where the four updates moved them by up to 9e-5
 
 
-def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, capsys):  # noqa: F811
+def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, capsys):
     done = launch_two("inpo.py", *words(**flags(setting, output=outputs / "ddp")))
     assert "global batch 6 = 2 processes x 2 examples x 2 accumulated; 11 examples, 4 updates; MULTI_CPU, no" in done.stdout
     check_against_one_process("DDP", outputs / "ddp", one_process, capsys)
@@ -67,8 +69,9 @@ def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, caps
 # ---------------------------------------------------------------------------------------------- FSDP 2
 
 @pytest.fixture(scope="module")
-def fsdp(setting, outputs):  # noqa: F811
-    """All runs under FSDP 2, in one launch: for each its `output` and `report` (see fsdp_on_cpu.py)."""
+def fsdp(setting, outputs):
+    """All runs under FSDP 2, in one launch: for each its `output` and `report` (see fsdp_on_cpu.py), and all that was
+    `printed`."""
     untied_model = save_model(outputs / "untied-model", setting.config, seed=3, tie_word_embeddings=False)
     chats = write(outputs / "chats.jsonl", [{"messages": record["prompt"] + record["chosen"]} for record in setting.records])
     logprobs = dict(model=setting.policy, reference=setting.reference, input=setting.pairs)
@@ -96,7 +99,7 @@ def fsdp(setting, outputs):  # noqa: F811
     job("random", "mle.py", dict(model=setting.config, from_config=True, input=chats, global_batch_size=11, num_epochs=1))
     job("refused", "inpo.py", flags(setting, input=one_off, global_batch_size=11))
     (outputs / "jobs.json").write_text(json.dumps(jobs, default=str))
-    launch_two("tests/fsdp_on_cpu.py", outputs / "jobs.json")
+    runs.printed = launch_two("tests/fsdp_on_cpu.py", outputs / "jobs.json").stdout
     for run in vars(runs).values():
         if hasattr(run, "report"):
             run.report = json.loads(run.report.read_text())
@@ -128,7 +131,7 @@ def test_fsdp_efficient_loading_reads_the_weights_in_one_process(fsdp):
     assert [norm > 1 for norm in fsdp.logprobs.report["loaded_norms"]] == [True, False]
 
 
-def test_fsdp_gathers_a_checkpoint_that_transformers_loads(fsdp, setting):  # noqa: F811
+def test_fsdp_gathers_a_checkpoint_that_transformers_loads(fsdp, setting):
     for output, tied in ((fsdp.efficient.output, True), (fsdp.untied.output, False)):
         tensors = load_file(output / "model/model.safetensors")
         assert ("lm_head.weight" in tensors) != tied
@@ -139,23 +142,23 @@ def test_fsdp_gathers_a_checkpoint_that_transformers_loads(fsdp, setting):  # no
         assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json"}
 
 
-def test_fsdp_trains_models_with_a_head_of_their_own_and_from_random_weights(fsdp, setting, single_process, tmp_path):  # noqa: F811
+def test_fsdp_trains_models_with_a_head_of_their_own_and_from_random_weights(fsdp, setting, single_process, tmp_path):
     single_process(mle.main, model=fsdp.untied_model, input=fsdp.chats, output=str(tmp_path / "untied"), global_batch_size=8,
                    num_epochs=1, learning_rate=3e-5)
-    assert relative_difference(column(fsdp.untied.output, "loss"), column(tmp_path / "untied", "loss")) < 1e-5
+    assert relative_difference(column(fsdp.untied.output, "loss"), column(tmp_path / "untied", "loss")) < FLOAT32
     single_process(mle.main, model=setting.config, from_config=True, input=fsdp.chats, output=str(tmp_path / "random"),
                    global_batch_size=11, num_epochs=1)
-    assert relative_difference(column(fsdp.random.output, "loss"), column(tmp_path / "random", "loss")) < 1e-5
+    assert relative_difference(column(fsdp.random.output, "loss"), column(tmp_path / "random", "loss")) < FLOAT32
 
 
-def test_fsdp_get_logprobs_equals_the_plain_computation_in_order(fsdp, setting):  # noqa: F811
+def test_fsdp_get_logprobs_equals_the_plain_computation_in_order(fsdp, setting):
     for record, expected in zip(read(fsdp.logprobs.output), setting.records, strict=True):
         assert record["prompt_id"] == expected["prompt_id"]
         for name in LOGP_FIELDS:
-            assert record[name] == pytest.approx(expected[name], abs=1e-4)  # measured: 5e-6
+            assert record[name] == pytest.approx(expected[name], abs=2e-5)  # measured: 5e-6
 
 
-def test_fsdp_bfloat16_reduces_and_returns_float32(fsdp, setting, capsys):  # noqa: F811
+def test_fsdp_bfloat16_reduces_and_returns_float32(fsdp, setting, capsys):
     for run in (fsdp.bf16, fsdp.logprobs_bf16):
         assert run.report["policies"] == ["MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, "
                                           "output_dtype=torch.float32, cast_forward_inputs=True)"]
@@ -180,5 +183,5 @@ def test_fsdp_saves_and_loads_sharded_state(fsdp, outputs):
 
 
 def test_fsdp_refuses_in_all_processes_what_one_of_them_has_seen(fsdp):
-    assert fsdp.refused.report["exit_codes"] == [1, 1]
+    assert fsdp.refused.report["exit_codes"] == [1, 1] and "by up to 1 nats" in fsdp.printed
     assert fsdp.float32.report["exit_codes"] == [0, 0]

@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_train_utils.py        (-s shows the differences that were measured)
 
-Tolerances: float32 runs that differ only in how examples are batched or summed agreed to 2e-6 relative in the loss;
-the tests allow 1e-5.
+Tolerance in float32: losses and gradient norms of computations that differ in batching, padding and summation agreed to
+6e-7 relative.
 """
 
 import json
@@ -23,18 +23,19 @@ import ipo
 import mle
 from data_utils import encode_chat, encode_text, end_token_id
 from train_utils import Trainer, local_batches
-from training_fixtures import (LOGP_FIELDS, column, launch, load, make_pairs, plain_logp, plain_logps, read,
-                               relative_difference, save_model, setting, single_process, words, write)  # noqa: F401
+from training_fixtures import (LOGP_FIELDS, column, launch, load, make_pairs, plain_logp, plain_logps, read,  # noqa: F401
+                               relative_difference, save_model, setting_fixture, single_process_fixture, words, write)
 from utils import StageError
 
 # The margin's target is 25 nats, which the few small steps of a test do not reach: near it the loss would be a small
 # difference of large numbers.
 ETA, R, BETA = 0.02, 0.25, 0.1
+FLOAT32 = 5e-6  # relative
 INPO = dict(eta=ETA, tau_eta_ratio=R, global_batch_size=11, micro_batch_size=4, num_epochs=4, learning_rate=3e-5)
 
 
 @pytest.fixture
-def train(setting, single_process, tmp_path):  # noqa: F811
+def train(setting, single_process, tmp_path):
     """A function that trains in this process, by default INPO on `setting`, and returns the output directory."""
     def run(main=inpo.main, output="ckpt", **flags):
         defaults = dict(model=setting.policy, input=setting.data) | (INPO if main is inpo.main else {})
@@ -68,7 +69,8 @@ def test_learning_rate_rises_in_the_warm_up_and_then_falls_to_zero():
     assert learning_rates(1, warmup_ratio=0.1) == [8]
 
 
-@pytest.mark.parametrize("count, size, processes", [(1, 1, 1), (8, 4, 2), (9, 4, 2), (1, 8, 8), (7, 2, 3), (32, 3, 8), (13, 1, 5)])
+@pytest.mark.parametrize("count, size, processes",
+                         [(1, 1, 1), (8, 4, 2), (9, 4, 2), (1, 8, 8), (7, 2, 3), (32, 3, 8), (13, 1, 5)])
 def test_local_batches_deal_equal_rounds_and_each_example_once(count, size, processes):
     indices = random.Random(0).sample(range(100), count)
     dealt = [list(local_batches(indices, size, SimpleNamespace(num_processes=processes, process_index=index)))
@@ -94,7 +96,7 @@ def test_data_order_is_a_function_of_seed_and_epoch():
 
 # ---------------------------------------------------------------------------------------------- training
 
-def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, setting, tmp_path):  # noqa: F811
+def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, setting, tmp_path):
     # Five pairs in batches of four: the fifth makes an update of its own, with its full loss. Learning rates by hand.
     records, rates = setting.records[:5], [3e-5, 3e-5, 2e-5, 1e-5]
     model = load(setting.policy)
@@ -121,29 +123,30 @@ def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, s
     output = train(input=write(tmp_path / "five.jsonl", records), global_batch_size=4, micro_batch_size=3, num_epochs=2,
                    warmup_ratio=0.25, shuffle=False, max_grad_norm=1.0)
     for name in ("loss", "normalised_loss", "grad_norm", "learning_rate"):
-        assert relative_difference(column(output, name), [step[name] for step in expected]) < 1e-5, name
-    for name in ("margin", "kl_last", "kl_ref"):  # sums of a hundred nats: 1e-5 was measured
-        assert column(output, name) == pytest.approx([step[name] for step in expected], abs=1e-4), name
+        assert relative_difference(column(output, name), [step[name] for step in expected]) < FLOAT32, name
+    for name in ("margin", "kl_last", "kl_ref"):  # in nats; measured: under 5e-6
+        assert column(output, name) == pytest.approx([step[name] for step in expected], abs=2e-5), name
     assert column(output, "accuracy")[1:] == [step["accuracy"] for step in expected[1:]]  # at step 1 it is rounding
     trained, plain = load(output / "model").state_dict(), model.state_dict()
     assert max((trained[name] - plain[name]).abs().max().item() for name in plain) < 2e-6  # measured: 3e-7
 
 
-def test_training_starts_at_the_last_policy_and_its_loss_falls(train, setting, capsys, caplog):  # noqa: F811
+def test_training_starts_at_the_last_policy_and_its_loss_falls(train, setting, capsys, caplog):
     caplog.set_level("INFO")
     output = train(num_epochs=6)
     off = float(caplog.text.split("off by at most ")[1].split(" nats")[0])
     distance = abs(column(output, "normalised_loss")[0] - 1)
     with capsys.disabled():
-        print(f" [float32: stored log-probabilities off by {off:.1e} nats, normalised loss from 1 by {distance:.1e}] ", end="")
-    assert off < 1e-4  # measured: 4e-6 ... 1e-5
-    assert distance < 1e-6  # measured: 2e-8 ... 2e-7
+        print(f" [float32: stored log-probabilities off by {off:.1e} nats, normalised loss from 1 by {distance:.1e}] ",
+              end="")
+    assert off < 1e-4  # measured: 4e-6, sums of up to 160 nats
+    assert distance < 1e-6  # measured: 3e-8; 2e-7 with other settings
     losses = column(output, "loss")
     assert all(later < earlier for earlier, later in zip(losses, losses[1:])) and losses[-1] < 0.8 * losses[0]
     assert "step 6/6 | loss " in capsys.readouterr().out
 
 
-def test_metrics_and_files_of_a_checkpoint(train, setting):  # noqa: F811
+def test_metrics_and_files_of_a_checkpoint(train, setting):
     output = train(max_grad_norm=1.0, global_batch_size=4, num_epochs=2)
     assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json"}
     steps = read(output / "metrics.jsonl")
@@ -161,7 +164,7 @@ def saved_tensors(directory):
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def test_checkpoint_loads_and_holds_tied_weights_once_in_float32(train, setting):  # noqa: F811
+def test_checkpoint_loads_and_holds_tied_weights_once_in_float32(train, setting):
     output = train(validation=setting.data)
     tensors = saved_tensors(output / "model")
     assert "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors
@@ -171,13 +174,13 @@ def test_checkpoint_loads_and_holds_tied_weights_once_in_float32(train, setting)
     assert tensors.keys() | {"lm_head.weight"} == model.state_dict().keys()
     with torch.no_grad():  # it is the model whose loss was reported
         loss = pair_losses(model, setting.records).mean().item()
-    assert relative_difference([loss], column(output, "validation_loss")[-1:]) < 1e-5
+    assert relative_difference([loss], column(output, "validation_loss")[-1:]) < FLOAT32
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     messages = [{"role": "user", "content": "Where to?"}]
     assert encode_chat(tokenizer, messages) == encode_chat(setting.tokenizer, messages)
 
 
-def test_checkpoint_of_an_untied_model_has_its_own_head(train, setting, single_process, tmp_path):  # noqa: F811
+def test_checkpoint_of_an_untied_model_has_its_own_head(train, setting, single_process, tmp_path):
     model = save_model(tmp_path / "untied", setting.config, seed=3, tie_word_embeddings=False)
     single_process(get_logprobs.main, model=model, reference=model, input=setting.pairs, output=str(tmp_path / "data.jsonl"))
     output = train(model=model, input=str(tmp_path / "data.jsonl"))
@@ -194,7 +197,7 @@ def swap(record):
 
 
 @pytest.mark.parametrize("select", ["best", "last"])
-def test_lowest_validation_loss_selects_the_checkpoint(train, setting, tmp_path, select):  # noqa: F811
+def test_lowest_validation_loss_selects_the_checkpoint(train, setting, tmp_path, select):
     validation = [swap(record) for record in setting.records]
     output = train(validation=write(tmp_path / "validation.jsonl", validation), eval_steps=2, global_batch_size=4,
                    num_epochs=2, select=select, keep_last=select == "best")
@@ -206,27 +209,27 @@ def test_lowest_validation_loss_selects_the_checkpoint(train, setting, tmp_path,
     kept = {"best": [("model", losses[0]), ("last", losses[-1])], "last": [("model", losses[-1])]}[select]
     for name, loss in kept:
         with torch.no_grad():
-            assert relative_difference([pair_losses(load(output / name), validation).mean().item()], [loss]) < 1e-5
+            assert relative_difference([pair_losses(load(output / name), validation).mean().item()], [loss]) < FLOAT32
     assert (output / "last").exists() == (select == "best")
 
 
 def test_losses_do_not_depend_on_the_micro_batch_size(train):
     runs = [column(train(output=f"micro{size}", micro_batch_size=size, global_batch_size=8), "loss") for size in (1, 3, 8)]
     assert len(runs[0]) == 8 and len(set(runs[0])) == 8
-    assert relative_difference(runs[1], runs[0]) < 1e-5 and relative_difference(runs[2], runs[0]) < 1e-5
+    assert relative_difference(runs[1], runs[0]) < FLOAT32 and relative_difference(runs[2], runs[0]) < FLOAT32
 
 
 def test_gradient_checkpointing_gives_the_same_losses(train, monkeypatch):
     from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
     calls = []
     forward = Qwen2Attention.forward
-    monkeypatch.setattr(Qwen2Attention, "forward", lambda self, *args, **kwargs: calls.append(0) or forward(self, *args, **kwargs))
+    monkeypatch.setattr(Qwen2Attention, "forward", lambda *args, **kwargs: calls.append(0) or forward(*args, **kwargs))
     runs, counts = [], []
     for checkpointing in (False, True):
         calls.clear()
         runs.append(column(train(output=str(checkpointing), gradient_checkpointing=checkpointing), "loss"))
         counts.append(len(calls))
-    assert relative_difference(*runs) < 1e-5
+    assert relative_difference(*runs) < FLOAT32
     assert counts[1] == 2 * counts[0]  # it did recompute
 
 
@@ -242,33 +245,33 @@ def pair_loss_at_start(record, method, soft):
 
 
 @pytest.mark.parametrize("method, soft", [("inpo", False), ("inpo", True), ("ipo", False), ("ipo", True), ("dpo", False)])
-def test_first_loss_of_every_method_by_hand(train, setting, method, soft):  # noqa: F811
+def test_first_loss_of_every_method_by_hand(train, setting, method, soft):
     main = {"inpo": inpo.main, "ipo": ipo.main, "dpo": dpo.main}[method]
     own = {"inpo": dict(eta=ETA, tau_eta_ratio=R), "ipo": dict(eta=ETA), "dpo": dict(beta=BETA)}[method]
-    output = train(main, global_batch_size=11, micro_batch_size=11, num_epochs=1, **own, **({"soft_labels": True} if soft else {}))
+    own |= {"soft_labels": True} if soft else {}
+    output = train(main, global_batch_size=11, micro_batch_size=11, num_epochs=1, **own)
     expected = sum(pair_loss_at_start(record, method, soft) for record in setting.records) / len(setting.records)
-    assert relative_difference(column(output, "loss"), [expected]) < 1e-5
-    assert abs(column(output, "normalised_loss")[0] - 1) < 1e-5
+    assert relative_difference(column(output, "loss"), [expected]) < FLOAT32
+    assert abs(column(output, "normalised_loss")[0] - 1) < FLOAT32
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
 
-def test_data_of_another_model_is_refused(train, setting):  # noqa: F811
+def test_data_of_another_model_is_refused(train, setting):
     with pytest.raises(StageError, match=r"stored log-probabilities differ .* by up to \d.* nats .*get_logprobs.py"):
         train(model=setting.reference)
     train(model=setting.reference, output="allowed", start_tolerance=1000)
 
 
-def test_a_single_pair_of_another_model_is_refused(train, setting, tmp_path):  # noqa: F811
-    for side, off in (("chosen", 0.1), ("rejected", -0.1), ("chosen", math.nan)):
-        records = [dict(record) for record in setting.records]
-        records[5][f"last_{side}_logp"] += off
-        data = write(tmp_path / "data.jsonl", records)
-        with pytest.raises(StageError, match="nats|loss nan|not valid JSON"):
-            train(input=data, shuffle=False)
+@pytest.mark.parametrize("side, off", [("chosen", 0.1), ("rejected", -0.1)])
+def test_a_single_pair_of_another_model_is_refused(train, setting, tmp_path, side, off):
+    records = [dict(record) for record in setting.records]
+    records[5][f"last_{side}_logp"] += off  # in the second of three micro-batches
+    with pytest.raises(StageError, match="by up to 0.1 nats"):
+        train(input=write(tmp_path / "data.jsonl", records), shuffle=False)
 
 
-def broken_model(setting, directory):  # noqa: F811
+def broken_model(setting, directory):
     model = load(setting.policy)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
@@ -277,7 +280,7 @@ def broken_model(setting, directory):  # noqa: F811
     return str(directory)
 
 
-def test_a_loss_that_is_not_a_number_stops_with_the_prompt_ids(train, setting, tmp_path):  # noqa: F811
+def test_a_loss_that_is_not_a_number_stops_with_the_prompt_ids(train, setting, tmp_path):
     with pytest.raises(StageError, match=r"loss nan at step 1; prompt ids of the batch: p0, p1, p2$"):
         train(model=broken_model(setting, tmp_path / "broken"), global_batch_size=3, shuffle=False)
     assert not (tmp_path / "ckpt/DONE").exists() and not (tmp_path / "ckpt/model").exists()
@@ -295,13 +298,13 @@ def test_a_complete_output_is_refused_and_an_unfinished_one_replaced(train, tmp_
     assert not (tmp_path / "unfinished/model/old").exists() and (tmp_path / "unfinished/DONE").exists()
 
 
-def test_an_output_that_holds_other_things_is_never_replaced(train, setting, tmp_path):  # noqa: F811
+def test_an_output_that_holds_other_things_is_never_replaced(train, setting, tmp_path):
     model = save_model(tmp_path / "run/model", setting.config, seed=0)
     for flags, message in (({"output": "run/model"}, "exists and is not a training run's"),
                            ({"output": "run", "model": setting.policy}, "exists and is not a training run's")):
         with pytest.raises(StageError, match=message):
             train(**({"model": model} | flags))
-    (tmp_path / "run/metrics.jsonl").write_text("")  # a run that did not finish, but whose best weights are the start of this
+    (tmp_path / "run/metrics.jsonl").write_text("")  # it did not finish, but its best weights start this run
     for flags in ({"model": model}, {"model": str(tmp_path / "run")}, {"tokenizer": model}):
         with pytest.raises(StageError, match="would replace .*run/model, which training reads"):
             train(output="run", **flags)
@@ -321,33 +324,35 @@ def test_bad_settings_are_refused(train, flags, message):
 # ---------------------------------------------------------------------------------------------- mle.py
 
 @pytest.fixture
-def chats(tmp_path, setting):  # noqa: F811
+def chats(tmp_path, setting):
     """Three chats, the second of a quarter's weight, the third of none at all, each with its token ids."""
     answers = ["Go to the sea.", "Stay at home and read until the rain has passed.", "No."]
-    records = [{"prompt_id": f"c{n}", "messages": [{"role": "user", "content": "Where to?"}, {"role": "assistant", "content": answer}]}
-               | ({"weight": weight} if weight != 1 else {}) for n, (answer, weight) in enumerate(zip(answers, (1, 0.25, 0)))]
-    ids = [(encode_chat(setting.tokenizer, record["messages"][:1]),
-            encode_text(setting.tokenizer, answer) + [end_token_id(setting.tokenizer)]) for record, answer in zip(records, answers)]
+    question = {"role": "user", "content": "Where to?"}
+    records = [{"prompt_id": f"c{n}", "messages": [question, {"role": "assistant", "content": answer}]}
+               for n, answer in enumerate(answers)]
+    records[1]["weight"], records[2]["weight"] = 0.25, 0  # the first has the default, 1
+    prompt, end = encode_chat(setting.tokenizer, [question]), end_token_id(setting.tokenizer)
+    ids = [(prompt, encode_text(setting.tokenizer, answer) + [end]) for answer in answers]
     return SimpleNamespace(path=write(tmp_path / "chats.jsonl", records), ids=ids)
 
 
-def test_mle_loss_is_the_weighted_mean_over_response_tokens(train, setting, chats):  # noqa: F811
+def test_mle_loss_is_the_weighted_mean_over_response_tokens(train, setting, chats):
     output = train(mle.main, input=chats.path, global_batch_size=3, micro_batch_size=2, num_epochs=3, learning_rate=1e-3)
     with torch.no_grad():
         logps = [plain_logp(load(setting.policy), *ids).item() for ids in chats.ids]
     lengths = [len(response) for _, response in chats.ids]
     assert lengths[0] != lengths[1]
     expected = -(logps[0] + 0.25 * logps[1]) / (lengths[0] + 0.25 * lengths[1])
-    assert relative_difference(column(output, "loss")[:1], [expected]) < 1e-5
+    assert relative_difference(column(output, "loss")[:1], [expected]) < FLOAT32
     assert column(output, "loss")[2] < column(output, "loss")[1] < expected
     assert column(output, "normalised_loss")[0] == 1
     assert set(read(output / "metrics.jsonl")[0]) == {"step", "loss", "normalised_loss", "learning_rate", "tokens_per_s"}
 
 
-def test_mle_from_config_starts_from_random_weights_of_the_seed(train, setting, chats):  # noqa: F811
-    flags = dict(model=setting.config, from_config=True, input=chats.path, global_batch_size=3, num_epochs=1, learning_rate=1e-3)
+def test_mle_from_config_starts_from_random_weights_of_the_seed(train, setting, chats):
+    flags = dict(model=setting.config, from_config=True, input=chats.path, global_batch_size=3, num_epochs=1)
     runs = [column(train(mle.main, output=f"run{n}", seed=seed, **flags), "loss") for n, seed in enumerate((0, 0, 1))]
-    assert runs[0][0] == pytest.approx(math.log(664), abs=0.1)  # nearly uniform over the vocabulary; measured: 0.02
+    assert runs[0][0] == pytest.approx(math.log(664), abs=0.2)  # nearly uniform over the vocabulary; measured: 0.08
     assert runs[0] == runs[1] != runs[2]
     with pytest.raises(StageError, match="does not load"):  # without the flag weights are never made up
         train(mle.main, output="no", **(flags | {"from_config": False}))
@@ -360,13 +365,13 @@ def test_a_batch_without_weight_is_refused(train, chats):
 
 # ---------------------------------------------------------------------------------------------- get_logprobs.py
 
-def logprobs(single_process, setting, output, **flags):  # noqa: F811
+def logprobs(single_process, setting, output, **flags):
     defaults = dict(model=setting.policy, reference=setting.reference, input=setting.pairs, output=str(output))
     single_process(get_logprobs.main, **(defaults | flags))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_get_logprobs_equals_the_plain_computation_in_input_order(single_process, setting, tmp_path, monkeypatch, batch_size):  # noqa: F811
+def test_get_logprobs_equals_the_plain_computation_in_order(single_process, setting, tmp_path, monkeypatch, batch_size):
     monkeypatch.setattr(get_logprobs, "GATHER_EVERY", 2)
     pairs = read(setting.pairs)
     files = [write(tmp_path / "one.jsonl", pairs[:4]), write(tmp_path / "two.jsonl", pairs[4:][::-1])]
@@ -375,25 +380,27 @@ def test_get_logprobs_equals_the_plain_computation_in_input_order(single_process
     written = read(outputs[0]) + read(outputs[1])
     for record, pair in zip(written, setting.records[:4] + setting.records[4:][::-1], strict=True):
         for name in LOGP_FIELDS:
-            assert record.pop(name) == pytest.approx(pair[name], abs=1e-4), (pair["prompt_id"], name)  # measured: 2e-5
+            assert record.pop(name) == pytest.approx(pair[name], abs=2e-5), (pair["prompt_id"], name)  # measured: under 5e-6
         lengths = {f"{side}_num_tokens": len(pair[f"{side}_token_ids"]) for side in ("chosen", "rejected")}
         assert record == {name: value for name, value in pair.items() if name not in LOGP_FIELDS} | lengths
 
 
-def test_get_logprobs_loads_one_model_where_both_are_the_same(single_process, setting, tmp_path, monkeypatch):  # noqa: F811
+def test_get_logprobs_loads_one_model_where_both_are_the_same(single_process, setting, tmp_path, monkeypatch):
     loaded = []
     load_model = get_logprobs.load_model
     monkeypatch.setattr(get_logprobs, "load_model", lambda name: loaded.append(name) or load_model(name))
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt/model").symlink_to(setting.policy)
-    logprobs(single_process, setting, tmp_path / "out.jsonl", model=str(tmp_path / "ckpt"), reference=str(tmp_path / "ckpt/model"))
+    logprobs(single_process, setting, tmp_path / "out.jsonl",
+             model=str(tmp_path / "ckpt"), reference=str(tmp_path / "ckpt/model"))
     assert len(loaded) == 1
     for record, pair in zip(read(tmp_path / "out.jsonl"), setting.records, strict=True):
         for side in ("chosen", "rejected"):
-            assert record[f"last_{side}_logp"] == record[f"ref_{side}_logp"] == pytest.approx(pair[f"last_{side}_logp"], abs=1e-4)
+            assert record[f"last_{side}_logp"] == record[f"ref_{side}_logp"]
+            assert record[f"last_{side}_logp"] == pytest.approx(pair[f"last_{side}_logp"], abs=2e-5)
 
 
-def test_get_logprobs_tokenises_pairs_from_elsewhere(single_process, setting, tmp_path, train):  # noqa: F811
+def test_get_logprobs_tokenises_pairs_from_elsewhere(single_process, setting, tmp_path, train):
     foreign = [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in make_pairs(setting.tokenizer, 11)]
     foreign[0]["chosen"][-1]["content"] += "<|im_end|>"  # spelt in the text, it is no special token
     logprobs(single_process, setting, tmp_path / "out.jsonl", input=write(tmp_path / "in.jsonl", foreign))
@@ -401,7 +408,7 @@ def test_get_logprobs_tokenises_pairs_from_elsewhere(single_process, setting, tm
     for record, pair in list(zip(written, setting.records, strict=True))[1:]:
         for name in ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids"):
             assert record[name] == pair[name]
-        assert record["ref_rejected_logp"] == pytest.approx(pair["ref_rejected_logp"], abs=1e-4)
+        assert record["ref_rejected_logp"] == pytest.approx(pair["ref_rejected_logp"], abs=2e-5)
     assert written[0]["chosen_token_ids"].count(end_token_id(setting.tokenizer)) == 1
     assert {record["win_prob"] for record in written} == {1.0}
     assert len({record["prompt_id"] for record in written}) == 11
@@ -409,10 +416,10 @@ def test_get_logprobs_tokenises_pairs_from_elsewhere(single_process, setting, tm
     assert abs(column(output, "normalised_loss")[0] - 1) < 1e-6
 
 
-def test_get_logprobs_writes_nothing_where_a_value_is_not_finite(single_process, setting, tmp_path):  # noqa: F811
+def test_get_logprobs_writes_nothing_where_a_value_is_not_finite(single_process, setting, tmp_path):
     with pytest.raises(StageError, match="no finite log-probability for 11 of 11 pairs, first p0, p1"):
-        logprobs(single_process, setting, tmp_path / "out" / "data.jsonl", reference=broken_model(setting, tmp_path / "broken"))
-    assert not (tmp_path / "out" / "data.jsonl").exists()
+        logprobs(single_process, setting, tmp_path / "out/data.jsonl", reference=broken_model(setting, tmp_path / "broken"))
+    assert not (tmp_path / "out/data.jsonl").exists()
 
 
 # ---------------------------------------------------------------------------------------------- bfloat16
@@ -420,9 +427,10 @@ def test_get_logprobs_writes_nothing_where_a_value_is_not_finite(single_process,
 BF16 = ["--cpu", "--mixed_precision", "bf16", "--num_processes", "1"]
 
 
-def test_bfloat16_training_starts_where_launched_log_probabilities_say(setting, tmp_path, train, monkeypatch, capsys):  # noqa: F811
+def test_bfloat16_training_starts_where_launched_log_probabilities_say(setting, tmp_path, train, monkeypatch, capsys):
     data, launched = tmp_path / "data.jsonl", tmp_path / "launched"
-    launch(BF16, "get_logprobs.py", *words(model=setting.policy, reference=setting.reference, input=setting.pairs, output=data))
+    launch(BF16, "get_logprobs.py",
+           *words(model=setting.policy, reference=setting.reference, input=setting.pairs, output=data))
     launch(BF16, "inpo.py", *words(**(INPO | dict(num_epochs=1, micro_batch_size=1))),
            *words(model=setting.policy, input=data, output=launched))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

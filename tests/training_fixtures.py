@@ -79,8 +79,8 @@ def plain_logps(model, record):
     return [plain_logp(model, record["prompt_token_ids"], record[f"{side}_token_ids"]) for side in ("chosen", "rejected")]
 
 
-@pytest.fixture(scope="session")
-def setting(tmp_path_factory, model_dirs):
+@pytest.fixture(scope="session", name="setting")
+def setting_fixture(tmp_path_factory, model_dirs):
     """`policy` and `reference` (Qwen2 models), `pairs` (a file of 11) and `data` (with the log-probabilities of both)."""
     import torch
     from data_utils import load_tokenizer
@@ -100,8 +100,8 @@ def setting(tmp_path_factory, model_dirs):
 
 # ---------------------------------------------------------------------------------------------- running stages
 
-@pytest.fixture
-def single_process(monkeypatch):
+@pytest.fixture(name="single_process")
+def single_process_fixture(monkeypatch):
     """A function that runs a stage's `main` in this process: on the CPU, with an Accelerator of its own, and on one
     thread (two threads on busy cores wait for each other: 30 times slower)."""
     import torch
