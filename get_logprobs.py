@@ -47,7 +47,7 @@ def model_logps(name, datasets, batch_size, accelerator):
                 with torch.no_grad():
                     chosen, rejected = batch_logps(model, batch).chunk(2)
                 found += list(zip(indices, chosen.tolist(), rejected.tolist())) if counts else []
-                bar.update(len(indices) * accelerator.num_processes)
+                bar.update(min(len(indices) * accelerator.num_processes, bar.total - bar.n))
             for index, *values in gather_object(found):
                 logps[index] = tuple(values)
         bar.close()

@@ -30,7 +30,7 @@ fit() { # NAME START CHATS BATCH EPOCHS RATE [flags]: one run of mle.py, on one 
 fit policy "$dir/policy-config" policy 24 "${POLICY_EPOCHS:-38}" 2e-3 --from_config --shuffle false &
 policy=$!
 judge_ok=0
-{ fit judge-short "$dir/judge-config" judge_short 36 "${JUDGE_SHORT_EPOCHS:-10}" 2e-3 --from_config --shuffle false &&
+{ fit judge-short "$dir/judge-config" judge_short 36 "${JUDGE_SHORT_EPOCHS:-5}" 2e-3 --from_config --shuffle false &&
   fit judge "$dir/judge-short" judge_full 24 "${JUDGE_EPOCHS:-2}" 2e-3 --shuffle false; } || judge_ok=1
 wait "$policy"
 exit "$judge_ok"
