@@ -99,13 +99,18 @@ prepare() {  # prompts and, in the demo, the two models
       bash data/demo/build.sh "$DEMO_MODELS"
     return
   fi
-  stage make_prompts "$PROMPTS_DIR"/{train,test}.jsonl -- \
-    "$PYTHON" data_processing.py make_prompts \
-    --output_dir "$PROMPTS_DIR" \
-    --num_splits "$SPLITS"
-  stage eval_prompts "$EVAL_PROMPTS" -- \
-    "$PYTHON" eval.py alpaca_eval \
-    --output "$EVAL_PROMPTS"
+  # Only the project's own prompt files are made; those of other paths are the user's.
+  if [[ $PROMPTS_DIR == data/prompts ]]; then
+    stage make_prompts data/prompts/{train,test}.jsonl -- \
+      "$PYTHON" data_processing.py make_prompts \
+      --output_dir data/prompts \
+      --num_splits "$SPLITS"
+  fi
+  if [[ $EVAL_PROMPTS == data/prompts/alpaca_eval.jsonl ]]; then
+    stage eval_prompts "$EVAL_PROMPTS" -- \
+      "$PYTHON" eval.py alpaca_eval \
+      --output "$EVAL_PROMPTS"
+  fi
 }
 
 sample() {  # the policy answers train and test prompts K times, and the evaluation prompts once for `evaluate`
@@ -117,7 +122,7 @@ sample() {  # the policy answers train and test prompts K times, and the evaluat
   if [[ ! -e $(responses $((i - 1))) ]]; then
     inputs+=,$EVAL_PROMPTS outputs+=,$(responses $((i - 1))) counts+=,1 temperatures+=,$EVAL_TEMPERATURE
   fi
-  stage sampling "$iter"/{train,test}.samples.jsonl -- \
+  stage sampling "$iter"/{train,test}.samples.jsonl "$(responses $((i - 1)))" -- \
     "$PYTHON" sampling.py \
     --model "$policy" \
     --tokenizer "$TOKENIZER" \
@@ -324,7 +329,11 @@ trap 'echo "comal.sh: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 find_gpus() {
   engines=(--gpus "$GPUS" --gpus_per_worker "$GPUS_PER_WORKER")
   launch=("$PYTHON")
-  gpus_present || return 0
+  if ! gpus_present; then
+    [[ $RECIPE == demo || -n $plan || $GPUS == none ]] ||
+      die "RECIPE=full, but no usable GPU was found; GPUS=none runs it on the CPU all the same, with a small MODEL and JUDGE"
+    return
+  fi
   local numbers=$GPUS
   [[ $numbers != auto ]] || numbers=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
   IFS=, read -ra gpu_list <<<"$numbers"
