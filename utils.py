@@ -53,6 +53,8 @@ def run(*commands):
                 program = f"{program} {command.__name__}"
             else:
                 wants_help = argv and argv[0] in ("--help", "-h")
+                if argv and not wants_help:
+                    print(f"{program}: error: unknown command {argv[0]!r}", file=sys.stderr)
                 print(f"usage: {program} COMMAND --flag value ...   (COMMAND --help for its flags)", file=sys.stderr)
                 for name, function in names.items():
                     print(f"  {name:14} {inspect.getdoc(function).splitlines()[0]}", file=sys.stderr)
