@@ -343,7 +343,7 @@ find_gpus() {
 
 describe() {
   if [[ $RECIPE == demo ]]; then
-    echo "comal.sh: the demo (two tiny models, CPU) into $exp; RECIPE=full runs the Qwen2-1.5B recipe, which needs GPUs"
+    echo "comal.sh: the demo (two tiny models, minutes on a CPU) into $exp; RECIPE=full runs the Qwen2-1.5B recipe, which needs GPUs"
   else
     echo "comal.sh: the full recipe with $MODEL on GPUs ${gpu_list[*]-none} into $exp; RECIPE=demo runs the small CPU demo"
   fi

@@ -1,6 +1,8 @@
-"""The whole pipeline on real parts: comal.sh, vLLM and accelerate on CPU, with the demo's models fitted briefly.
+"""The whole pipeline on real parts: comal.sh, vLLM and accelerate, with the demo's models fitted briefly.
 
     python -m pytest tests/test_end_to_end.py
+
+Where there are GPUs the same tests run on them (vLLM and FSDP 2 in bfloat16), with wider tolerances.
 """
 
 import json
@@ -15,9 +17,13 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS, PROMPTS = 2, 32  # iterations, prompts an iteration
+ON_GPU = torch.cuda.is_available()
+LOSS_TOLERANCE = 0.3 if ON_GPU else 1e-3  # bfloat16 moves a response by tenths of a nat, the target is 1.5 nats
+JUDGE_TOLERANCE = 0.03 if ON_GPU else 1e-4
 
 
 def run(command, **environment):
@@ -88,8 +94,8 @@ def test_comal_starts_training_from_the_last_policy(finished):
     exp, _ = finished
     for i in range(SPLITS):
         first = records(exp / f"iter{i}/ckpt/metrics.jsonl")[0]
-        assert first["normalised_loss"] == pytest.approx(1, abs=1e-3)
-        assert abs(first["margin"]) < 1e-3
+        assert first["normalised_loss"] == pytest.approx(1, abs=LOSS_TOLERANCE)
+        assert abs(first["margin"]) < LOSS_TOLERANCE
         assert (exp / f"iter{i}/ckpt/DONE").exists()
     assert (exp / "round1").resolve() == (exp / f"iter{SPLITS - 1}/ckpt").resolve()
 
@@ -203,6 +209,14 @@ def marked(name):
     return [command for command in found if command]
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_comal_uses_the_gpus(finished):
+    exp, _ = finished
+    assert "running on CPU" not in (exp / "iter0/logs/sampling.log").read_text()
+    assert "; FSDP, bf16" in (exp / "iter0/logs/training.log").read_text()
+
+
+@pytest.mark.skipif(ON_GPU, reason="on GPUs vLLM's arithmetic depends on the batch")
 def test_sampling_does_not_depend_on_workers_or_chunks(models, tmp_path):
     source = models / "prompts/train_0.jsonl"
     flags = ["--model", models / "policy", "--num_samples", 3, "--max_prompt_tokens", 64, "--max_new_tokens", 24,
@@ -223,7 +237,7 @@ def test_sampling_skips_long_prompts_and_keeps_special_spellings_as_text(models,
     source.write_text("".join(json.dumps({"prompt_id": str(i), "prompt": p}, ensure_ascii=False) + "\n"
                               for i, p in enumerate(prompts)), encoding="utf-8")
     done = stage("sampling.py", "--model", models / "policy", "--input", source, "--output", target, "--num_samples", 2,
-                 "--max_prompt_tokens", 100, "--max_new_tokens", 4, "--gpus", "none")
+                 "--max_prompt_tokens", 100, "--max_new_tokens", 4)
     assert done.returncode == 0, done.stdout
     assert [r["prompt_id"] for r in records(target)] == ["0", "1"]
     assert [r["prompt_id"] for r in records(tmp_path / "out.skipped.jsonl")] == ["2"]
@@ -237,7 +251,6 @@ def test_sampling_skips_long_prompts_and_keeps_special_spellings_as_text(models,
 
 def test_scoring_reads_the_judge_exactly(finished, models):
     """The engine's label probabilities equal those of a plain forward pass, in both orders."""
-    import torch
     from data_utils import encode_prompt, encode_text, load_tokenizer
     from train_utils import load_model
     from vllm_model import fill_template, read_template, split_labels
@@ -254,9 +267,9 @@ def test_scoring_reads_the_judge_exactly(finished, models):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         probabilities.append(torch.softmax(logits[list(labels)], 0)[0].item())
-    assert record["win_probs"][0][1] == pytest.approx((probabilities[0] + 1 - probabilities[1]) / 2, abs=1e-4)
+    assert record["win_probs"][0][1] == pytest.approx((probabilities[0] + 1 - probabilities[1]) / 2, abs=JUDGE_TOLERANCE)
     assert record["win_probs"][0][1] + record["win_probs"][1][0] == pytest.approx(1)
-    assert record["order_gap"] == pytest.approx(abs(probabilities[0] - (1 - probabilities[1])), abs=1e-4)
+    assert record["order_gap"] == pytest.approx(abs(probabilities[0] - (1 - probabilities[1])), abs=2 * JUDGE_TOLERANCE)
     assert 0 < record["label_mass"] <= 1 + 1e-6 and math.isfinite(record["label_mass"])
 
 
