@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 gpus_present() { [[ -n $(nvidia-smi -L 2>/dev/null) && ${CUDA_VISIBLE_DEVICES-unset} != "" && ${GPUS:-auto} != none ]]; }
 RECIPE=${RECIPE:-$(gpus_present && echo full || echo demo)}  # full, or demo (data/demo/settings.sh)
-[[ $RECIPE == demo ]] && source data/demo/settings.sh
+if [[ $RECIPE == demo ]]; then source data/demo/settings.sh; fi
 
 # ------------------------------------------------------------------------------------------------ settings
 METHOD=${METHOD:-comal}      # comal, inpo-small, inpo-large, iter-ipo, iter-dpo, ipo, dpo
@@ -78,9 +78,9 @@ method_settings() {
     iter-dpo)   trainer=dpo  default_eta=-     default_interval=1 ;;
     ipo)        trainer=ipo  default_eta=0.002 default_interval=0 ;;   # one iteration over all prompts
     dpo)        trainer=dpo  default_eta=-     default_interval=0 ;;
-    *) die "METHOD=$METHOD is unknown; choose comal, inpo-small, inpo-large, iter-ipo, iter-dpo, ipo or dpo" ;;
   esac
   ETA=${ETA:-$default_eta}
+  if [[ $trainer == dpo ]]; then ETA=-; fi
   UPDATE_INTERVAL=${UPDATE_INTERVAL:-$default_interval}
   iterations=$((ROUNDS * SPLITS))
   if [[ $METHOD == ipo || $METHOD == dpo ]]; then iterations=1; fi
@@ -90,6 +90,41 @@ method_settings() {
 PINNED=(METHOD SPLITS SEED MODEL TOKENIZER JUDGE TEMPLATE PROMPTS_DIR EVAL_PROMPTS ETA TAU_ETA_RATIO UPDATE_INTERVAL BETA
   PAIR_RULE SOFT_LABELS NUM_SAMPLES TEMPERATURE TOP_P MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS LEARNING_RATE
   WARMUP_RATIO NUM_EPOCHS GLOBAL_BATCH_SIZE MAX_LENGTH MAX_GRAD_NORM SELECT EVAL_TEMPERATURE)
+
+check_values() {  # everything that can be known to be wrong before hours of work
+  one_of RECIPE demo full
+  one_of METHOD comal inpo-small inpo-large iter-ipo iter-dpo ipo dpo
+  one_of PAIR_RULE top_two best_worst random
+  one_of SELECT best last
+  one_of SOFT_LABELS true false
+  one_of GRADIENT_CHECKPOINTING true false
+  whole 1 ROUNDS SPLITS MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS NUM_EPOCHS GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE \
+    MAX_LENGTH EVAL_EVERY GPUS_PER_WORKER
+  whole 2 NUM_SAMPLES
+  whole 0 SEED ${UPDATE_INTERVAL:+UPDATE_INTERVAL}
+  number TAU_ETA_RATIO BETA TEMPERATURE TOP_P LEARNING_RATE WARMUP_RATIO MAX_GRAD_NORM EVAL_TEMPERATURE
+  [[ -z $ETA || ,$ETA =~ ^(,$number)+$ ]] || die "ETA=$ETA should be a number, or one a round, comma-separated"
+}
+
+number='[0-9]*\.?[0-9]+(e-?[0-9]+)?'
+one_of() { [[ " ${*:2} " == *" ${!1} "* ]] || die "$1=${!1} is unknown; choose one of: ${*:2}"; }
+whole() { local n; for n in "${@:2}"; do [[ ${!n} =~ ^[0-9]+$ ]] && ((10#${!n} >= $1)) || die "$n=${!n} should be a whole number, at least $1"; done; }
+number() { local n; for n in "$@"; do [[ ${!n} =~ ^$number$ ]] || die "$n=${!n} should be a number, 0 or more"; done; }
+
+check_files() {  # the models' names and the prompts, once `prepare` has made what it makes
+  local name file files=("$PROMPTS_DIR/test.jsonl" "$EVAL_PROMPTS" "$TEMPLATE")
+  for name in MODEL JUDGE; do
+    [[ -e ${!name} || ${!name} =~ ^[^./][^/]*/[^/]+$ ]] || die "$name=${!name}: no such directory, and no Hub id (owner/name)"
+  done
+  if [[ $METHOD == ipo || $METHOD == dpo ]]; then
+    files+=("$PROMPTS_DIR/train.jsonl")
+  else
+    for ((i = 0; i < SPLITS; i++)); do files+=("$PROMPTS_DIR/train_$i.jsonl"); done
+    [[ $PROMPTS_DIR != data/prompts || ! -e data/prompts/train_$SPLITS.jsonl ]] ||
+      die "data/prompts holds more than SPLITS=$SPLITS train splits; remove its files to have them made anew"
+  fi
+  for file in "${files[@]}"; do [[ -e $file ]] || die "$file does not exist"; done
+}
 
 # ------------------------------------------------------------------------------------------------ stages
 
@@ -232,13 +267,17 @@ evaluate() {  # win rates of the iterations since the last evaluation, with one 
 # ------------------------------------------------------------------------------------------------ the loop
 
 main() {
+  check_values
   method_settings
   find_gpus
   exp=exps/$NAME
   describe
-  check_settings
   i=none iter=$exp
   prepare
+  if [[ -z $plan ]]; then
+    check_files
+    check_settings
+  fi
   policy=$MODEL reference=$MODEL
   for ((i = 0; i < iterations; i++)); do
     iter=$exp/iter$i
@@ -301,7 +340,7 @@ stage() {
   wait "$running" || code=$?
   running=
   ((code == 0)) || die "$(where "$name") failed with exit code $code; its output is in $log.
-Nothing after it was run. Once the cause is mended, the same command goes on here."
+Nothing after it was run. Once the cause is mended, the same command goes on here; where it is a setting, take another NAME."
   local output
   for output in "${outputs[@]}"; do
     [[ -e $output ]] || die "$(where "$name") ended without an error but did not write $output; see $log"
@@ -350,11 +389,10 @@ describe() {
   echo "comal.sh: $METHOD, $iterations iterations, eta $ETA, reference moves every $UPDATE_INTERVAL iterations (0: never)"
 }
 
-check_settings() {  # write run.json, or compare with the one that is there
-  [[ -z $plan ]] || return 0
+check_settings() {  # write run.json, or compare with the one that is there once samples exist
   local name lines=() file=$exp/run.json
   for name in "${PINNED[@]}"; do lines+=("  \"$name\": \"${!name}\","); done
-  if [[ -e $file ]]; then
+  if [[ -e $file ]] && compgen -G "$exp/iter*/*.samples.jsonl" >/dev/null; then
     local changed
     changed=$(diff <(printf '%s\n' "${lines[@]}") <(grep -E "^  \"($(IFS='|'; echo "${PINNED[*]}"))\"" "$file")) || true
     [[ -z $changed ]] || die "$exp was begun with other settings (<: now, >: $file):

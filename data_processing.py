@@ -171,6 +171,12 @@ def make_prompts(
         exclude: prompt file(s), comma-separated, whose prompts must not occur
         seed: the same seed gives the same splits
     """
+    if num_splits < 1:
+        raise StageError(f"--num_splits should be at least 1, got {num_splits}")
+    names = [f"train_{i}" for i in range(num_splits)]
+    stale = [path for path in Path(output_dir).glob("train_*.jsonl") if path.stem not in names]
+    if stale:
+        raise StageError(f"{output_dir} holds {stale[0].name} of another number of splits; remove its files first")
     excluded = {record["prompt"].strip() for path in exclude.split(",") if path for record in read_jsonl(path)}
     rows = load_rows(dataset, "train", local_file)
     if field not in rows.column_names:
@@ -181,7 +187,7 @@ def make_prompts(
         raise StageError(f"{len(unique)} different prompts are too few for {num_test} test prompts (--num_test) and "
                          f"{num_splits} train splits")
     test, train = unique[:num_test], unique[num_test:]
-    files = {f"train_{i}": train[i::num_splits] for i in range(num_splits)} | {"train": train, "test": test}
+    files = {name: train[i::num_splits] for i, name in enumerate(names)} | {"train": train, "test": test}
     for name, prompts in files.items():
         if prompts:
             with jsonl_writer(Path(output_dir) / f"{name}.jsonl") as write:

@@ -47,7 +47,8 @@ def load_tokenizer(model, tokenizer=""):
     try:
         loaded = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise StageError(f"no tokenizer in {source} ({str(error).splitlines()[0]}); name one with --tokenizer") from None
+        raise StageError(f"no tokenizer in {source} ({str(error).splitlines()[0]}); name one with "
+                         "--tokenizer (--judge_tokenizer)") from None
     if not loaded.chat_template:
         raise StageError(f"the tokenizer of {source} has no chat template; name another one with --tokenizer")
     return loaded
@@ -216,15 +217,25 @@ class UnscoredPairDataset(PairDataset):
     def complete(self, record):
         if all(name in record for name in PAIR_FIELDS):
             return record
-        for name in ("prompt", "chosen", "rejected"):
-            if not record[name]:
-                raise StageError(f"{self.path}: {name} should be a list of messages, got []")
+        for name, last in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+            check_messages(self.path, name, record[name], last, alone=name != "prompt")
         texts = {side: record[side][-1]["content"] for side in ("chosen", "rejected")}
         ids = {f"{side}_token_ids": encode_text(self.tokenizer, text) + [self.end_id] for side, text in texts.items()}
         everything = json.dumps([record["prompt"], record["chosen"], record["rejected"]])  # prompts may repeat
         prompt_id = str(record.get("prompt_id", text_id(everything)))
         return {"win_prob": 1.0} | record | ids | {
             "prompt_id": prompt_id, "prompt_token_ids": encode_chat(self.tokenizer, record["prompt"])}
+
+
+def check_messages(path, name, messages, last_role, alone):
+    """Raise StageError unless `messages` is a list of {role, content} ending with non-empty text of `last_role`, and holds
+    nothing else when `alone`."""
+    well_formed = messages and all(isinstance(message, dict) and isinstance(message.get("content"), str) and
+                                   isinstance(message.get("role"), str) for message in messages)
+    if not (well_formed and messages[-1]["role"] == last_role and messages[-1]["content"] and
+            (len(messages) == 1 or not alone)):
+        raise StageError(f"{path}: {name} should be {'one message' if alone else 'messages'} of {{role, content}} "
+                         f"{'by' if alone else 'ending with text by'} the {last_role}, got {str(messages)[:200]}")
 
 
 class ChatDataset(JsonlDataset):

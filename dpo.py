@@ -27,7 +27,7 @@ def main(beta: float = 0.1, **training: TrainingConfig):
         chosen, rejected = logps.chunk(2)
         return dpo_loss(chosen, rejected, batch["ref_chosen_logps"], batch["ref_rejected_logps"], beta)
 
-    train(compute_loss, TrainingConfig(**training), PairDataset)
+    train(compute_loss, TrainingConfig(**training), PairDataset, loss="dpo", beta=beta)
 
 
 if __name__ == "__main__":

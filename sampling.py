@@ -25,6 +25,8 @@ def per_file(name, value, kind, count):
         values = [kind(part) for part in split_list(value)]
     except ValueError:
         raise StageError(f"--{name} takes numbers ({kind.__name__}), got {value!r}") from None
+    if values and min(values) < (1 if kind is int else 0):
+        raise StageError(f"--{name} should be at least {1 if kind is int else 0}, got {value}")
     if len(values) not in (1, count):
         raise StageError(f"--{name} has {len(values)} values for {count} input files; give one, or one each")
     return values * count if len(values) == 1 else values

@@ -153,7 +153,7 @@ def local_batches(indices, size, accelerator):
 
 # ---------------------------------------------------------------------------------------------- training
 
-def train(compute_loss, config, dataset_class):
+def train(compute_loss, config, dataset_class, **method):
     """Train `config.model` and write a checkpoint directory.
 
     Args:
@@ -162,11 +162,12 @@ def train(compute_loss, config, dataset_class):
             global batch with the data set's weights.
         config: TrainingConfig
         dataset_class: data_utils.PairDataset or ChatDataset
+        method: the loss and its hyperparameters, to be recorded in training.json
 
     Raises StageError for bad data, a loss that is not finite (with the batch's prompt ids), or stored
     log-probabilities that are not this model's.
     """
-    Trainer(compute_loss, config, dataset_class).run()
+    Trainer(compute_loss, config, dataset_class, method).run()
 
 
 def check_output(config):
@@ -185,8 +186,9 @@ def check_output(config):
 class Trainer:
     """The state of one training run; `train` is its interface."""
 
-    def __init__(self, compute_loss, config, dataset_class):
+    def __init__(self, compute_loss, config, dataset_class, method=None):
         self.compute_loss, self.config = compute_loss, config
+        self.settings = (method or {}) | dataclasses.asdict(config)
         self.output = Path(config.output)
         check_output(config)
         for path in filter(None, (config.input, config.validation)):
@@ -222,7 +224,6 @@ class Trainer:
                                 cwd=Path(__file__).parent).stdout.strip()
         versions = {"torch": torch.__version__, "transformers": transformers.__version__,
                     "accelerate": accelerate.__version__, "commit": commit or "unknown"}
-        self.settings = dataclasses.asdict(config)
         log.info("settings: %s", ", ".join(f"{name} {value}" for name, value in self.settings.items()))
         log.info("versions: %s", ", ".join(f"{name} {value}" for name, value in versions.items()))
         accumulation = math.ceil(config.global_batch_size / config.micro_batch_size / accelerator.num_processes)
@@ -373,7 +374,7 @@ class Trainer:
                       f"kl_last {metrics['kl_last']:.3g}", f"kl_ref {metrics['kl_ref']:.3g}"]
         minutes, seconds = divmod(int(remaining), 60)
         parts += [f"lr {metrics['learning_rate']:.1e}", f"tok/s {metrics['tokens_per_s']:,.0f}",
-                  f"eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
+                  f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
         print(" | ".join(parts), flush=True)
 
     def validate(self, step):

@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,9 @@ def run(*commands):
                 sys.exit(0 if wants_help else 2)
         flags = _flags(command)
         argv = _check_flags(program, argv, flags)
+        if argv == ["--help"]:
+            _print_help(program, command, flags)
+            return
         fire.Fire(_fire_command(program, command, flags), command=argv, name=program)
     except StageError as error:
         _fail(f"{program}: error: {error}", 1)
@@ -121,6 +125,17 @@ def _check_flags(program, argv, flags):
     if missing:
         _fail(f"{program}: error: missing {', '.join(missing)}; see {program} --help", 2)
     return [f"--{name}={value}" for name, value in given.items()]
+
+
+def _print_help(program, command, flags):
+    """What the command does, and each flag with its type, default and one line of explanation."""
+    documentation = _documentation(command)
+    explained = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", documentation, re.MULTILINE))
+    print(f"{program}: {documentation.partition('Args:')[0].strip()}\n")
+    for name, flag in flags.items():
+        default = "required" if flag.default is flag.empty else f"default {flag.default!r}"
+        print(f"  --{name} ({flag.annotation.__name__}, {default})")
+        print("      " + " ".join(explained.get(name, "").split()))
 
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

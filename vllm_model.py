@@ -110,7 +110,9 @@ class Engine:
         positions = getattr(AutoConfig.from_pretrained(directory).get_text_config(), "max_position_embeddings", None)
         if positions and max_model_len > positions:
             raise StageError(f"{model} has {positions} positions, but prompt and new tokens may take {max_model_len}; "
-                             "lower --max_prompt_tokens or --max_new_tokens")
+                             "lower --max_prompt_tokens (of a policy also --max_new_tokens)")
+        if not [*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")]:
+            raise StageError(f"{directory} has a config.json but no weights (*.safetensors, *.bin)")
         on_gpu = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

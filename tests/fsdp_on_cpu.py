@@ -84,7 +84,7 @@ def resume(state_dir):
     optimiser and train the second half again, into `<output>-resumed`."""
     import inpo
 
-    def train(compute_loss, config, dataset_class):
+    def train(compute_loss, config, dataset_class, **method):
         output, halfway = config.output, None
         for config.output in (output, f"{output}-resumed"):
             reset()

@@ -31,6 +31,10 @@ def user(content):
     return [{"role": "user", "content": content}]
 
 
+def assistant(content):
+    return [{"role": "assistant", "content": content}]
+
+
 def rendered(tokenizer, messages, **settings):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
 
@@ -261,7 +265,7 @@ def test_unscored_pair_dataset_tokenises_pairs_from_elsewhere(jsonl, tokenizers)
 
 
 def test_unscored_pair_dataset_keeps_ids_and_labels_that_are_there(jsonl, tokenizers):
-    texts = {"prompt": user("x"), "chosen": user("y"), "rejected": user("z")}
+    texts = {"prompt": user("x"), "chosen": assistant("y"), "rejected": assistant("z")}
     ours = pair("a") | texts
     foreign = {"prompt_id": "b", "win_prob": 0.9} | texts
     dataset = pairs(jsonl, tokenizers, ours, foreign, kind=UnscoredPairDataset, max_length=100)
@@ -272,14 +276,22 @@ def test_unscored_pair_dataset_keeps_ids_and_labels_that_are_there(jsonl, tokeni
 
 def test_unscored_pair_dataset_gives_every_pair_an_id_of_its_own(jsonl, tokenizers):
     # Published preference data has several pairs a prompt; the data file that is made of them has one key a line.
-    records = [{"prompt": user("x"), "chosen": user(answer), "rejected": user("z")} for answer in ("y", "w")]
+    records = [{"prompt": user("x"), "chosen": assistant(answer), "rejected": assistant("z")} for answer in ("y", "w")]
     dataset = pairs(jsonl, tokenizers, *records, kind=UnscoredPairDataset, max_length=100)
     assert dataset[0]["prompt_id"] != dataset[1]["prompt_id"]
 
 
+@pytest.mark.parametrize("chosen", [
+    user("y"), assistant(""), assistant("y") + user("more") + assistant("z"), ["y"], [{"role": "assistant"}]])
+def test_unscored_pair_dataset_refuses_what_is_not_one_answer(jsonl, tokenizers, chosen):
+    record = {"prompt": user("x"), "chosen": chosen, "rejected": assistant("z")}
+    with pytest.raises(StageError, match="chosen should be one message of {role, content} by the assistant"):
+        pairs(jsonl, tokenizers, record, kind=UnscoredPairDataset, max_length=100)
+
+
 @pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
 def test_unscored_pair_dataset_needs_conversations(jsonl, tokenizers, name):
-    record = {"prompt": user("x"), "chosen": user("y"), "rejected": user("z")}
+    record = {"prompt": user("x"), "chosen": assistant("y"), "rejected": assistant("z")}
     for wrong in ("text", []):
         with pytest.raises(StageError, match=name):
             pairs(jsonl, tokenizers, record | {name: wrong}, kind=UnscoredPairDataset, max_length=100)

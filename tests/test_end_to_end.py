@@ -130,6 +130,20 @@ def test_comal_refuses_other_settings(finished, name, models):
     assert '"ETA": "0.5"' in refused.stdout and "another NAME" in refused.stdout
 
 
+@pytest.mark.parametrize("setting, message", [
+    ("RECIPE=Demo", "choose one of: demo full"), ("METHOD=como", "choose one of: comal inpo-small"),
+    ("PAIR_RULE=bestworst", "choose one of: top_two"), ("SOFT_LABELS=maybe", "choose one of: true false"),
+    ("ROUNDS=x", "ROUNDS=x should be a whole number"), ("EVAL_EVERY=0", "at least 1"), ("NUM_SAMPLES=1", "at least 2"),
+    ("UPDATE_INTERVAL=six", "should be a whole number"), ("ETA=-1", "ETA=-1 should be a number"), ("BETA=b", "BETA=b"),
+    ("MODEL=no/such/model", "no such directory"), ("EVAL_PROMPTS=none.jsonl", "none.jsonl does not exist"),
+    ("SPLITS=9", "train_6.jsonl does not exist")])
+def test_comal_refuses_a_wrong_setting_before_it_runs_anything(name, models, setting, message):
+    variable, value = setting.split("=")
+    refused = comal(name, models, NAME=f"{name}/refused", **{variable: value})
+    assert refused.returncode == 1 and message in refused.stdout, refused.stdout
+    assert not (ROOT / "exps" / name / "refused").exists()
+
+
 def test_comal_plan_runs_nothing(finished, name, models):
     plan = comal(name, models, "--plan", NAME=f"{name}/planned")
     assert plan.returncode == 0 and plan.stdout.count("inpo.py") == SPLITS
@@ -170,7 +184,7 @@ def test_comal_takes_one_eta_a_round(name, models):
 
 
 def test_comal_stops_at_the_first_failure(name, models):
-    failed = comal(name, models, NAME=f"{name}/failed", JUDGE="no/such/judge", MODEL=str(models / "policy"))
+    failed = comal(name, models, NAME=f"{name}/failed", JUDGE="no-such/judge", HF_HUB_OFFLINE="1")
     assert failed.returncode == 1
     assert "iteration 0 of 2, stage scoring failed with exit code 1" in failed.stdout
     assert "no such directory" in failed.stdout and "logs/scoring.log" in failed.stdout

@@ -189,14 +189,15 @@ def table(experiment: str, start: str = "exps/demo-models/policy"):
     if not target.exists() or any(source.stat().st_mtime > target.stat().st_mtime for source in sources):
         write_text(target, json.dumps(measure(start, checkpoints), indent=1) + "\n")
     rows = json.loads(target.read_text())
-    print(f"\n{'':10} {'exact probability of the answers':^38}           {'P(win) against':^18}")
+    print(f"\n{'':10} {'exact, given one of the three answers':^38}           {'P(win) against':^18}")
     print(f"{'iteration':10} {'mountains':>9} {'sea':>9} {'city':>9} {'other':>8} {'gap':>9} {'start':>9} {'previous':>9}")
     for row in rows:
         wins = [f"{p:9.3f}" if p is not None else f"{'-':>9}" for p in row["win_prob"]]
         print(f"{row['iteration']!s:10} " + " ".join(f"{p:9.3f}" for p in row["distribution"])
               + f" {row['other']:8.3f} {row['duality_gap']:9.3f} " + " ".join(wins))
     print(f"{'Nash':10} " + " ".join(f"{p:9.3f}" for p in (4 / 11, 3 / 11, 4 / 11)) + f" {0:8.3f} {0:9.3f}")
-    print("\nIteration i is the policy that iteration i trained. gap = 2 (max_y P(y > policy) - 1/2), at most 1; 0 at Nash.")
+    print("\nIteration i is the policy that iteration i trained; other: its probability of anything but the three answers.\n"
+          "gap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at Nash.")
 
 
 if __name__ == "__main__":
