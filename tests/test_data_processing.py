@@ -208,6 +208,13 @@ def test_make_prompts_uneven_splits_are_complete(split):
     assert sorted(sum((found[f"train_{i}"] for i in range(6)), [])) == sorted(found["train"])
 
 
+def test_make_prompts_refuses_to_leave_splits_of_another_number(split, tmp_path):
+    before = split("a", ultrafeedback(), num_splits=3)
+    with pytest.raises(StageError, match="train_2.jsonl of another number of splits"):
+        split("a", ultrafeedback(), num_splits=2)
+    assert prompts(tmp_path / "a") == before
+
+
 def test_make_prompts_does_not_depend_on_the_order_of_rows(split):
     assert split("a", ultrafeedback(seed=0)) == split("b", ultrafeedback(seed=1))
 

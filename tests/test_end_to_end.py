@@ -97,6 +97,8 @@ def test_comal_starts_training_from_the_last_policy(finished):
         assert first["normalised_loss"] == pytest.approx(1, abs=LOSS_TOLERANCE)
         assert abs(first["margin"]) < LOSS_TOLERANCE
         assert (exp / f"iter{i}/ckpt/DONE").exists()
+        settings = json.loads((exp / f"iter{i}/ckpt/training.json").read_text())
+        assert (settings["loss"], settings["eta"], settings["soft_labels"]) == ("inpo", 0.333333, True)
     assert (exp / "round1").resolve() == (exp / f"iter{SPLITS - 1}/ckpt").resolve()
 
 
