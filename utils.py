@@ -252,11 +252,6 @@ def _refuse_constant(name):
     raise ValueError(f"{name} is not a JSON value")
 
 
-def check_jsonl(path, fields):
-    """Read a whole file through `read_jsonl`'s checks and return its number of records; keeps nothing."""
-    return sum(1 for _ in read_jsonl(path, fields))
-
-
 PROMPT_FIELDS = {"prompt": str}
 
 
