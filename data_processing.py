@@ -23,9 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import StageError, check_input, derive_seed, file_lists, jsonl_writer, log, read_jsonl, run, text_id
-
-SCORE_FIELDS = {"prompt_id": str, "prompt": str, "prompt_token_ids": list, "samples": list, "win_probs": list}
+from utils import (StageError, check_input, derive_seed, file_lists, jsonl_writer, log, read_prompts, read_scores, run,
+                   split_list, text_id)
 
 
 # ---------------------------------------------------------------------------------------------- pairs
@@ -67,9 +66,6 @@ PAIR_RULES = {"top_two": top_two, "best_worst": best_worst, "random": random_pai
 def make_pair(record, rule, max_length, seed):
     """(pair record, None), or (None, why there is none)."""
     samples, win_probs = record["samples"], record["win_probs"]
-    if len(samples) < 2 or any(len(row) != len(samples) for row in win_probs) or len(win_probs) != len(samples):
-        raise StageError(f"prompt_id {record['prompt_id']}: {len(samples)} samples and win_probs of "
-                         f"{len(win_probs)} rows; pairs need at least 2 samples and a K x K matrix")
     chosen, rejected = PAIR_RULES[rule](win_probs, random.Random(derive_seed(seed, record["prompt_id"], rule)))
     if samples[chosen]["text"] == samples[rejected]["text"]:
         return None, "identical responses"
@@ -114,7 +110,7 @@ def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: 
     for path, target in zip(inputs, outputs):
         counts = Counter()
         with jsonl_writer(target) as write:
-            for record in tqdm(read_jsonl(path, SCORE_FIELDS), desc="pairs", unit="record"):
+            for record in tqdm(read_scores(path), desc="pairs", unit="record"):
                 pair, dropped = make_pair(record, pair_rule, max_length, seed)
                 counts["records"] += 1
                 counts[dropped or "pairs"] += 1
@@ -177,7 +173,7 @@ def make_prompts(
     stale = [path for path in Path(output_dir).glob("train_*.jsonl") if path.stem not in names]
     if stale:
         raise StageError(f"{output_dir} holds {stale[0].name} of another number of splits; remove its files first")
-    excluded = {record["prompt"].strip() for path in exclude.split(",") if path for record in read_jsonl(path)}
+    excluded = {record["prompt"].strip() for path in split_list(exclude) for record in read_prompts(path)}
     rows = load_rows(dataset, "train", local_file)
     if field not in rows.column_names:
         raise StageError(f"{local_file or dataset} has no column {field!r}; it has {', '.join(rows.column_names)}")

@@ -3,39 +3,15 @@
 import functools
 import itertools
 import json
+import math
 import re
-from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from utils import StageError, read_jsonl, text_id
+from utils import StageError, check_probability, check_token_ids, resolve_tokenizer, scan_jsonl, text_id
 
-# ---------------------------------------------------------------------------------------------- names to files
-
-
-def resolve_model(name):
-    """The local directory of a model: a path, a path with a `model` subfolder (our checkpoints, the released
-    ones), or a Hub id of either form, which is downloaded. Raises StageError when there is none."""
-    path = Path(name)
-    if not path.exists():
-        path = _download(name)
-    for candidate in (path, path / "model"):
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    raise StageError(f"model {name}: no config.json in {path} nor in its 'model' subfolder")
-
-
-def _download(name, only=None):
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise StageError(f"model {name}: no such directory (and not a Hub id of the form owner/name)")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
-    except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no model
-        raise StageError(f"model {name}: no such directory, and the Hub did not provide it: "
-                         f"{str(error).splitlines()[0]}") from None
-
+# ---------------------------------------------------------------------------------------------- tokenizers
 
 def load_tokenizer(model, tokenizer=""):
     """The tokenizer of `tokenizer` (a path or Hub id) or, when that is empty, of the model.
@@ -52,15 +28,6 @@ def load_tokenizer(model, tokenizer=""):
     if not loaded.chat_template:
         raise StageError(f"the tokenizer of {source} has no chat template; name another one with --tokenizer")
     return loaded
-
-
-def resolve_tokenizer(model, tokenizer=""):
-    """Where `load_tokenizer` reads: a local directory with a tokenizer, else a Hub id."""
-    if not tokenizer:
-        return resolve_model(model)
-    if Path(tokenizer).exists():
-        return tokenizer
-    return str(_download(tokenizer, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
 
 
 # ---------------------------------------------------------------------------------------------- chat encoding
@@ -133,14 +100,9 @@ class JsonlDataset(Dataset):
 
     def __init__(self, path, fields):
         self.path, self.offsets, self.weights = path, [], []
-        offset = 0
-        with open(path, "rb") as file:
-            for line, record in zip(file, read_jsonl(path, fields)):
-                self.offsets.append(offset)
-                self.weights.append(self.check(record))
-                offset += len(line)
-        if not self.offsets:
-            raise StageError(f"{path}: no records")
+        for offset, record in scan_jsonl(path, fields):
+            self.offsets.append(offset)
+            self.weights.append(self.check(record))
 
     def check(self, record):
         """Validate one record; return its weight."""
@@ -152,12 +114,25 @@ class JsonlDataset(Dataset):
     def __getitem__(self, index):
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
-            return json.loads(file.readline())
+            return json.loads(file.readline().decode("utf-8-sig"))
 
 
 PAIR_FIELDS = {"prompt_id": str, "prompt_token_ids": list, "chosen_token_ids": list, "rejected_token_ids": list}
 LOGP_FIELDS = {name: (float, int) for name in
                ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")}
+
+
+TOKENIZER_CHECKS = 100  # records of a file whose token ids are compared with their text
+
+
+def check_text(where, tokenizer, messages, ids):
+    """Raise StageError unless the response's token ids stand for its text, where the record has one."""
+    if messages is None:
+        return
+    text, decoded = messages[-1]["content"], tokenizer.decode(ids, skip_special_tokens=True)
+    if decoded != text:
+        raise StageError(f"{where}: the token ids are not those of the text under this tokenizer ({decoded[:40]!r} for "
+                         f"{text[:40]!r}); was the file made with another model's? Name that one with --tokenizer")
 
 
 class PairDataset(JsonlDataset):
@@ -169,12 +144,20 @@ class PairDataset(JsonlDataset):
     fields = PAIR_FIELDS | {"win_prob": (float, int)} | LOGP_FIELDS
 
     def __init__(self, path, tokenizer, max_length, vocab_size):
-        self.pad_id, self.max_length, self.vocab_size = pad_token_id(tokenizer), max_length, vocab_size
+        self.tokenizer, self.pad_id = tokenizer, pad_token_id(tokenizer)
+        self.max_length, self.vocab_size = max_length, vocab_size
         super().__init__(path, self.fields)
 
     def check(self, record):
+        where = f"{self.path}, prompt_id {record['prompt_id']}"
         for side in ("chosen", "rejected"):
             check_tokens(self.path, record, f"{side}_token_ids", self.vocab_size, self.max_length)
+            if len(self.offsets) <= TOKENIZER_CHECKS:
+                check_text(where, self.tokenizer, record.get(side), record[f"{side}_token_ids"])
+        check_probability(where, "win_prob", record.get("win_prob", 1.0))
+        for name in LOGP_FIELDS:
+            if name in record and not -math.inf < record[name] <= 1e-3:  # rounding may lift a certain token above 0
+                raise StageError(f"{where}: {name} should be a log-probability, 0 or less, got {record[name]}")
         return 1.0
 
     def collate(self, records):
@@ -215,8 +198,12 @@ class UnscoredPairDataset(PairDataset):
         return self.complete(super().__getitem__(index))
 
     def complete(self, record):
-        if all(name in record for name in PAIR_FIELDS):
+        ids = [name for name in PAIR_FIELDS if name.endswith("token_ids") and name in record]
+        if len(ids) == 3 and "prompt_id" in record:
             return record
+        if ids:
+            raise StageError(f"{self.path}: a record has {', '.join(ids)} but not all of {', '.join(PAIR_FIELDS)}; "
+                             "give all of them, or text alone")
         for name, last in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
             check_messages(self.path, name, record[name], last, alone=name != "prompt")
         texts = {side: record[side][-1]["content"] for side in ("chosen", "rejected")}
@@ -281,6 +268,8 @@ def check_tokens(path, record, field, vocab_size, max_length):
     """Raise StageError unless prompt and response are non-empty, short enough and inside the vocabulary."""
     prompt, response = record["prompt_token_ids"], record[field]
     where = f"{path}, prompt_id {record['prompt_id']}"
+    check_token_ids(where, "prompt_token_ids", prompt)
+    check_token_ids(where, field, response)
     if not prompt or not response:
         raise StageError(f"{where}: prompt_token_ids and {field} should not be empty")
     if len(prompt) + len(response) > max_length:

@@ -18,9 +18,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-from utils import (StageError, derive_seed, file_lists, jsonl_writer, log, map_files, read_jsonl, read_prompts, run,
-                   write_text)
+from utils import StageError, derive_seed, file_lists, jsonl_writer, log, read_jsonl, read_prompts, run, write_text
 from vllm_model import Judge, JudgeConfig, Sampler, SamplerConfig
+from workers import map_files
 
 RESPONSE_FIELDS = {"prompt_id": str, "prompt": str, "samples": list}
 
@@ -61,16 +61,18 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
     (source,), (target,) = file_lists(input=input, output=output)
     config = SamplerConfig(**sampler)
     make_work = partial(Sampler, config, num_samples=[1], temperature=[temperature])
-    map_files([(partial(read_prompts, source), target)], make_work, config.environments(), config.chunk_size, "responses")
+    made_with = config.made_with() | {"num_samples": 1, "temperature": temperature}
+    map_files([(partial(read_prompts, source), target, made_with)], make_work, config, "responses")
 
 
 # ---------------------------------------------------------------------------------------------- compare
 
 def read_responses(path):
-    """Yield the records of a responses file; raises StageError for one without a response."""
+    """Yield the records of a responses file, ours or another's; raises StageError for one without a response."""
     for record in read_jsonl(path, RESPONSE_FIELDS):
-        if not record["samples"]:
-            raise StageError(f"{path}: prompt_id {record['prompt_id']} has no response")
+        sample = record["samples"][0] if record["samples"] else None
+        if not (isinstance(sample, dict) and isinstance(sample.get("text"), str)):
+            raise StageError(f"{path}: prompt_id {record['prompt_id']} has no response: samples[0] should be {{text, ...}}")
         yield record
 
 
@@ -111,8 +113,9 @@ def compare(responses: str, baseline: str, output: str, seed: int = 0, **judge: 
         if path.suffix == ".json":
             raise StageError(f"--output {path}: the summary goes to a file of that name; end it in .jsonl")
     config = JudgeConfig(**judge)
-    jobs = [(partial(join_responses, *paths), target) for *paths, target in zip(ours, theirs, outputs)]
-    map_files(jobs, partial(Judge, config), config.environments(), config.chunk_size, "comparing")
+    made_with = config.made_with()
+    jobs = [(partial(join_responses, *paths), target, made_with) for *paths, target in zip(ours, theirs, outputs)]
+    map_files(jobs, partial(Judge, config), config, "comparing")
     for response_path, baseline_path, path in zip(ours, theirs, outputs):
         names = {"responses": str(response_path), "baseline": str(baseline_path)}
         summary = names | summarise(list(read_jsonl(path)), seed)

@@ -15,8 +15,9 @@ Exit code 0 means that every other prompt is in the output.
 
 from functools import partial
 
-from utils import StageError, file_lists, map_files, read_prompts, run, split_list
+from utils import StageError, file_lists, read_prompts, run, split_list
 from vllm_model import Sampler, SamplerConfig
+from workers import map_files
 
 
 def per_file(name, value, kind, count):
@@ -43,11 +44,12 @@ def main(input: str, output: str, num_samples: str = "5", temperature: str = "0.
     """
     inputs, outputs = file_lists(input=input, output=output)
     config = SamplerConfig(**sampler)
-    make_work = partial(Sampler, config,
-                        num_samples=per_file("num_samples", num_samples, int, len(inputs)),
-                        temperature=per_file("temperature", temperature, float, len(inputs)))
-    jobs = [(partial(read_prompts, path), target) for path, target in zip(inputs, outputs)]
-    map_files(jobs, make_work, config.environments(), config.chunk_size, "sampling")
+    counts = per_file("num_samples", num_samples, int, len(inputs))
+    temperatures = per_file("temperature", temperature, float, len(inputs))
+    made_with = config.made_with()
+    jobs = [(partial(read_prompts, path), target, made_with | {"num_samples": count, "temperature": value})
+            for path, target, count, value in zip(inputs, outputs, counts, temperatures)]
+    map_files(jobs, partial(Sampler, config, num_samples=counts, temperature=temperatures), config, "sampling")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ Exit code 0 means that every other record is in the output.
 
 from functools import partial
 
-from utils import file_lists, map_files, read_jsonl, run
+from utils import file_lists, read_samples, run
 from vllm_model import Judge, JudgeConfig
-
-SAMPLE_FIELDS = {"prompt_id": str, "prompt": str, "prompt_token_ids": list, "samples": list}
+from workers import map_files
 
 
 def main(input: str, output: str, **judge: JudgeConfig):
@@ -30,8 +29,9 @@ def main(input: str, output: str, **judge: JudgeConfig):
     """
     inputs, outputs = file_lists(input=input, output=output)
     config = JudgeConfig(**judge)
-    jobs = [(partial(read_jsonl, path, SAMPLE_FIELDS), target) for path, target in zip(inputs, outputs)]
-    map_files(jobs, partial(Judge, config), config.environments(), config.chunk_size, "scoring")
+    made_with = config.made_with()
+    jobs = [(partial(read_samples, path), target, made_with) for path, target in zip(inputs, outputs)]
+    map_files(jobs, partial(Judge, config), config, "scoring")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every stage needs: a checked command line, JSONL in and out, logging, seeds, local worker processes."""
+"""What every stage needs: a checked command line, JSONL in and out, logging, seeds."""
 
 import contextlib
 import ctypes
@@ -6,21 +6,16 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
-import itertools
 import json
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import signal
-import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import fire
-from tqdm import tqdm
 
 log = logging.getLogger("comal")
 
@@ -39,10 +34,11 @@ def run(*commands):
     read as its annotation says (`str`, `int`, `float`, `bool`). A command's `**` parameter may be annotated with a
     dataclass, whose fields are flags too: `def main(input: str, **training: TrainingConfig)`.
 
-    Exit codes: 0 done, 1 the stage failed, 2 the command line is wrong, 130 interrupted.
+    Exit codes: 0 done, 1 the stage failed, 2 the command line is wrong, 130 interrupted, 143 terminated.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminated)
     argv = sys.argv[1:]
     program = Path(sys.argv[0]).name
     try:
@@ -68,11 +64,16 @@ def run(*commands):
         fire.Fire(_fire_command(program, command, flags), command=argv, name=program)
     except StageError as error:
         _fail(f"{program}: error: {error}", 1)
-    except KeyboardInterrupt:
-        _fail(f"{program}: interrupted", 130)
+    except KeyboardInterrupt as signalled:
+        terminated = "SIGTERM" in signalled.args
+        _fail(f"{program}: {'terminated' if terminated else 'interrupted'}", 143 if terminated else 130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{program}: error: {error.strerror or error}{where}", 1)
+
+
+def _terminated(number, frame):
+    raise KeyboardInterrupt("SIGTERM")  # worker processes are ended and temporary files removed on the way out
 
 
 def _fail(message, code):
@@ -209,42 +210,61 @@ def check_input(path):
         raise StageError(f"input file {path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.stat().st_size == 0:
         raise StageError(f"input file {path} is empty; the stage that wrote it has nothing to pass on")
+    with open(path, "rb") as file:
+        start = file.read(4)
+    for magic, kind in _FORMATS.items():
+        if start.startswith(magic):
+            raise StageError(f"input file {path} is {kind}, not JSONL text; unpack or convert it first")
+
+
+_FORMATS = {b"\x1f\x8b": "compressed with gzip", b"\x28\xb5\x2f\xfd": "compressed with zstd",
+            b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
 
 
 def read_jsonl(path, fields=None, unique="prompt_id"):
-    """Yield the objects of a JSONL file, one a line, checked.
+    """Yield the objects of a JSONL file, one a line, checked, in one pass that holds one record (and all ids).
 
     `fields` maps a required field to its type (or tuple of types). `unique` names the key that no two lines may
-    share. Lines end at "\\n" only: U+2028 and friends occur inside real prompts. Raises StageError with file and
-    line number.
+    share. Lines end at "\\n" only: U+2028 and friends occur inside real prompts; blank ones, "\\r" before the end and a
+    byte order mark mean nothing. Raises StageError with file and line number.
     """
-    seen = set()
+    return (record for _, record in scan_jsonl(path, fields, unique))
+
+
+def scan_jsonl(path, fields=None, unique="prompt_id"):
+    """`read_jsonl` with the offset of each line: yields (offset, record)."""
+    seen, offset, empty = set(), 0, True
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
+            where, begin, offset = f"{path}, line {number}", offset, offset + len(line)
+            if not line.strip():
+                continue
+            empty = False
             try:
-                record = json.loads(line, parse_constant=_refuse_constant)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                record = json.loads(text, parse_constant=_refuse_constant)
                 if b"\\ud" in line.lower():  # half a surrogate pair is no text: no file can hold it
                     dump_json(record).encode()
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StageError(f"{where}: not valid JSON ({error}); the file may be truncated") from None
             if not isinstance(record, dict):
                 raise StageError(f"{where}: expected a JSON object, got {type(record).__name__}")
             for name, kind in (fields or {}).items():
                 if name not in record:
                     raise StageError(f"{where}: field {name!r} is missing; found {', '.join(record) or 'no field'}")
-                if not isinstance(record[name], kind):
+                if not isinstance(record[name], kind) or isinstance(record[name], bool):
                     wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
                     raise StageError(f"{where}: field {name!r} should be {wanted}, "
                                      f"got {type(record[name]).__name__}")
             if unique in record:
-                if not isinstance(record[unique], (str, int)):
-                    raise StageError(f"{where}: {unique} should be text or a number, got {type(record[unique]).__name__}")
+                if not isinstance(record[unique], (str, int)) or isinstance(record[unique], bool):
+                    raise StageError(f"{where}: {unique} should be text or a number, "
+                                     f"got {type(record[unique]).__name__}")
                 if record[unique] in seen:
                     raise StageError(f"{where}: {unique} {record[unique]!r} occurs a second time")
                 seen.add(record[unique])
-            yield record
-    if not seen and unique in (fields or {}):
+            yield begin, record
+    if empty:
         raise StageError(f"{path}: no records")
 
 
@@ -275,6 +295,68 @@ def read_prompts(path):
         raise StageError(f"{path}: no records")
 
 
+SAMPLE_FIELDS = {"prompt_id": str, "prompt": str, "prompt_token_ids": list, "samples": list}
+
+
+def read_samples(path, at_least=2):
+    """Yield the records of a samples file (sampling.py): the same number of samples in each, `at_least` so many.
+
+    Raises StageError for a record whose samples are not {text, token_ids, finish_reason}.
+    """
+    count = None
+    for record in read_jsonl(path, SAMPLE_FIELDS):
+        where = f"{path}, prompt_id {record['prompt_id']}"
+        check_token_ids(where, "prompt_token_ids", record["prompt_token_ids"])
+        for sample in record["samples"]:
+            if not (isinstance(sample, dict) and isinstance(sample.get("text"), str)):
+                raise StageError(f"{where}: each of samples should be {{text, token_ids, finish_reason}}, "
+                                 f"got {dump_json(sample)[:100]}")
+            check_token_ids(where, "token_ids of a sample", sample.get("token_ids"))
+        count = len(record["samples"]) if count is None else count
+        if len(record["samples"]) != count:
+            raise StageError(f"{where}: {len(record['samples'])} samples, but the records before it have {count}")
+        if count < at_least:
+            raise StageError(f"{where}: {count} samples, needed: {at_least}; sample again with --num_samples {at_least} "
+                             "or more")
+        yield record
+
+
+def read_scores(path):
+    """Yield the records of a scores file (scoring.py): samples and their K x K win probabilities.
+
+    Raises StageError unless these lie in [0, 1], those of the two orders add up to 1, and the diagonal is null.
+    """
+    for number, record in enumerate(read_samples(path)):
+        where, rows = f"{path}, prompt_id {record['prompt_id']}", record.get("win_probs")
+        count = len(record["samples"])
+        if not (isinstance(rows, list) and len(rows) == count and
+                all(isinstance(row, list) and len(row) == count for row in rows)):
+            found = "is missing; is this a scores file, as scoring.py writes it?" if rows is None else "has another shape"
+            raise StageError(f"{where}: win_probs should be {count} x {count} numbers for {count} samples, it {found}")
+        for i in range(count):
+            if rows[i][i] is not None:
+                raise StageError(f"{where}: win_probs[{i}][{i}] should be null, got {rows[i][i]!r}")
+            for j in range(i):
+                check_probability(where, f"win_probs[{i}][{j}]", rows[i][j])
+                check_probability(where, f"win_probs[{j}][{i}]", rows[j][i])
+                if abs(rows[i][j] + rows[j][i] - 1) > 1e-6:
+                    raise StageError(f"{where}: win_probs[{i}][{j}] and [{j}][{i}] should add up to 1, "
+                                     f"got {rows[i][j]} and {rows[j][i]}")
+        yield record
+
+
+def check_token_ids(where, name, ids):
+    """Raise StageError unless `ids` is a list of whole numbers, 0 or more."""
+    if not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
+        raise StageError(f"{where}: {name} should be a list of token ids, got {str(ids)[:100]}")
+
+
+def check_probability(where, name, value):
+    """Raise StageError unless `value` is a number from 0 to 1."""
+    if not (type(value) in (int, float) and 0 <= value <= 1):
+        raise StageError(f"{where}: {name} should be a probability, got {value!r}")
+
+
 def text_id(text):
     """A stable 16-digit id of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -286,28 +368,149 @@ def dump_json(record):
 
 
 @contextlib.contextmanager
-def jsonl_writer(path):
-    """A function that appends one record; the file takes its name only when the block ends without an error."""
+def atomic_file(path):
+    """A binary file that takes its name only when the block ends without an error; it then survives a loss of power."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            yield lambda record: file.write(dump_json(record) + "\n")
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:  # say where: writing to a full disk names no file
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path):
+    """Wait until a file's contents, or a directory's names, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def jsonl_writer(path):
+    """A function that appends one record; the file takes its name only when the block ends without an error."""
+    with atomic_file(path) as file:
+        yield lambda record: file.write(dump_json(record).encode() + b"\n")
+
+
 def write_text(path, text):
-    """Write a small file under a temporary name, then rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a small file, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+# ---------------------------------------------------------------------------------------------- models on disk
+
+def resolve_model(name):
+    """The local directory of a model: a path, a path with a `model` subfolder (our checkpoints, the released
+    ones), or a Hub id of either form, which is downloaded. Raises StageError when there is none."""
+    path = Path(name)
+    if not path.exists():
+        path = _download(name)
+    for candidate in (path, path / "model"):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    raise StageError(f"model {name}: no config.json in {path} nor in its 'model' subfolder")
+
+
+def _download(name, only=None):
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise StageError(f"model {name}: no such directory (and not a Hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
+    except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no model
+        raise StageError(f"model {name}: no such directory, and the Hub did not provide it: "
+                         f"{str(error).splitlines()[0]}") from None
+
+
+def resolve_tokenizer(model, tokenizer=""):
+    """Where `load_tokenizer` reads: a local directory with a tokenizer, else a Hub id."""
+    if not tokenizer:
+        return resolve_model(model)
+    if Path(tokenizer).exists():
+        return tokenizer
+    return str(_download(tokenizer, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
+
+
+def check_weights(directory):
+    """Raise StageError unless a model directory holds all its weights, as far as that shows without loading them.
+
+    Of every safetensors file the length that its header announces is compared with the file's; shards that an index
+    names must be there.
+    """
+    directory = Path(directory)
+    files = weight_files(directory)
+    if not files:
+        raise StageError(f"{directory} has a config.json but no weights (*.safetensors, *.bin)")
+    for index in directory.glob("*.index.json"):
+        missing = sorted({name for name in json.loads(index.read_bytes())["weight_map"].values()
+                          if not (directory / name).is_file()})
+        if missing:
+            raise StageError(f"{directory} lacks {', '.join(missing)}, which {index.name} names; "
+                             "copy or download it again")
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header, size = file.read(min(length, 1 << 28)), path.stat().st_size
+        try:
+            tensors = json.loads(header)
+            end = max(tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StageError(f"{path} is damaged: its header cannot be read; copy or download it again") from None
+        if 8 + length + end != size:
+            raise StageError(f"{path} is damaged: it has {size:,} bytes, its header says {8 + length + end:,}; "
+                             "copy or download it again")
+
+
+def fingerprint(path):
+    """16 digits that tell a file's contents from others."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def weight_files(directory):
+    return sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")])
+
+
+def model_fingerprint(directory):
+    """16 digits that tell a model from another one: a hash of its config.json and of 64 blocks spread over each of its
+    weight files. Fine-tuning changes nearly every weight, so that is enough, and takes milliseconds."""
+    digest = hashlib.sha256((Path(directory) / "config.json").read_bytes())
+    for path in weight_files(directory):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for block in range(64):
+                file.seek(block * max(0, size - 4096) // 63)  # the last block is the end
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def check_made_with(path, what, then, now):
+    """Raise StageError unless the settings that something was begun with are those to go on with.
+
+    Args:
+        path: where it is.
+        what: what it holds, for the message.
+        then, now: {setting: value}
+    """
+    changed = [f"{name}: {then.get(name)} then, {now.get(name)} now" for name in {**then, **now}
+               if then.get(name) != now.get(name)]
+    if changed:
+        raise StageError(f"{path} holds {what} with other settings ({'; '.join(changed)}); "
+                         "use those again, or remove it")
 
 
 # ---------------------------------------------------------------------------------------------- seeds
@@ -322,197 +525,12 @@ def derive_seed(*parts):
     return int.from_bytes(digest) * SEED_SPACING
 
 
-# ---------------------------------------------------------------------------------------------- workers
-
-def worker_environments(gpus="auto", gpus_per_worker=1, cpu_workers=1):
-    """The environment variables of each worker process: which GPUs it owns, or none.
-
-    `gpus`: `auto` (all that this process may use, or the CPU where there are none), a comma-separated list of
-    physical numbers as nvidia-smi shows them, or `none`. With CUDA_VISIBLE_DEVICES set, only GPUs named there
-    may be used. Raises StageError for a GPU that does not exist, or numbers that do not divide evenly.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    allowed = _physical_gpus() if visible is None else [] if visible.strip() == "-1" else split_list(visible)
-    chosen = [] if gpus == "none" else allowed if gpus == "auto" else split_list(gpus)
-    if min(gpus_per_worker, cpu_workers) < 1 or len(set(chosen)) < len(chosen):
-        raise StageError(f"--gpus {gpus}, --gpus_per_worker {gpus_per_worker}, --cpu_workers {cpu_workers}: each GPU "
-                         "may be named once, and the numbers should be at least 1")
-    unknown = [gpu for gpu in chosen if gpu not in allowed]
-    if unknown:
-        source = "nvidia-smi lists" if visible is None else "CUDA_VISIBLE_DEVICES allows"
-        raise StageError(f"--gpus names {','.join(unknown)}, but {source} {','.join(allowed) or 'none'}")
-    if not chosen:
-        log.info("running on CPU with %d worker%s", cpu_workers, "s" * (cpu_workers > 1))
-        return [{"CUDA_VISIBLE_DEVICES": ""}] * cpu_workers
-    if len(chosen) % gpus_per_worker:
-        raise StageError(f"{len(chosen)} GPUs cannot be split into groups of {gpus_per_worker} (--gpus_per_worker)")
-    groups = [chosen[i:i + gpus_per_worker] for i in range(0, len(chosen), gpus_per_worker)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
-
-
-def _physical_gpus():
-    try:
-        listing = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-                                 capture_output=True, text=True, timeout=60)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return []
-    return listing.stdout.split() if listing.returncode == 0 else []
-
+# ---------------------------------------------------------------------------------------------- processes
 
 def die_with_parent():
     """Ask the kernel to kill this process when its parent ends, however that ends (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-
-
-def _worker_main(make_work, environment, connection):
-    os.environ.update(environment)
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the workers
-    try:
-        work = make_work()
-        connection.send(("ready", None))
-        while (task := connection.recv()) is not None:
-            connection.send(("done", work(task)))
-    except StageError as error:
-        connection.send(("error", str(error)))
-    except (EOFError, BrokenPipeError):
-        pass
-    except BaseException:
-        connection.send(("error", traceback.format_exc()))
-
-
-class _Worker:
-    def __init__(self, number, make_work, environment):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_worker_main, args=(make_work, environment, theirs), daemon=False)
-        self.process.start()
-        theirs.close()
-        gpus = environment.get("CUDA_VISIBLE_DEVICES")
-        self.name = f"worker {number} ({'GPU ' + gpus if gpus else 'CPU'}, pid {self.process.pid})"
-        self.task = None  # index of the chunk it works on
-        self.ready = False
-
-    def stop(self, wait):
-        with contextlib.suppress(OSError):
-            self.connection.send(None)
-        self.process.join(wait)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self.connection.close()
-
-
-MAX_ATTEMPTS = 3
-
-
-def map_chunks(make_work, chunks, environments):
-    """Yield `(chunk, work(chunk))` for every chunk, in order, computed by one worker process per environment.
-
-    `make_work()` is called once in each worker and returns the function `work`. Chunks are handed out one at a
-    time, so a fast worker takes more of them. A worker that dies is named and replaced, and its chunk is tried
-    again; a chunk that is lost MAX_ATTEMPTS times, or an exception inside a worker, raises StageError.
-    """
-    tasks, more = enumerate(chunks), True
-    handed, redo, finished, attempts = {}, [], {}, {}  # chunks in work; lost ones; results held for order; tries
-    next_index = 0
-    workers = [_Worker(number, make_work, environment) for number, environment in enumerate(environments)]
-    try:
-        while True:
-            for worker in workers:
-                if not worker.ready or worker.task is not None:
-                    continue
-                if redo:
-                    worker.task = redo.pop(0)
-                elif more and len(finished) < 4 * len(workers):  # bounds what is held back for the order
-                    index, chunk = next(tasks, (None, None))
-                    more = index is not None
-                    worker.task = index
-                    handed.update({index: chunk} if more else {})
-                if worker.task is not None:
-                    with contextlib.suppress(BrokenPipeError):  # it has died; noticed below
-                        worker.connection.send(handed[worker.task])
-            if not more and not handed:
-                break
-            multiprocessing.connection.wait(
-                [worker.connection for worker in workers] + [worker.process.sentinel for worker in workers])
-            for number, worker in enumerate(workers):
-                kind, value = _receive(worker)
-                if kind == "ready":
-                    worker.ready = True
-                elif kind == "done":
-                    finished[worker.task] = (handed.pop(worker.task), value)
-                    worker.task = None
-                elif kind == "error":
-                    worker.ready, worker.task = True, None  # it is on its way out
-                    raise StageError(f"{worker.name} failed:\n{value}")
-                elif kind == "died":
-                    place = worker.task if worker.task is not None else f"start of worker {number}"
-                    attempts[place] = attempts.get(place, 0) + 1
-                    message = f"{worker.name} died with exit code {worker.process.exitcode}"
-                    if attempts[place] == MAX_ATTEMPTS:
-                        raise StageError(f"{message}, as did {MAX_ATTEMPTS - 1} before it at the same place; out of "
-                                         "memory? See the messages above and the system log")
-                    log.warning("%s; another starts in its place", message)
-                    if worker.task is not None:
-                        redo.append(worker.task)
-                    workers[number] = _Worker(number, make_work, environments[number])
-            while next_index in finished:
-                yield finished.pop(next_index)
-                next_index += 1
-    finally:
-        for worker in workers:
-            worker.stop(wait=10 if worker.ready and worker.task is None else 0)
-
-
-def _receive(worker):
-    """('ready' | 'done' | 'error' | 'died' | None, value) of one worker, without blocking."""
-    try:
-        if worker.connection.poll():
-            return worker.connection.recv()
-    except (EOFError, OSError):
-        worker.process.join()
-        return "died", None
-    return ("died", None) if worker.process.exitcode is not None and not worker.connection.poll() else (None, None)
-
-
-def map_files(jobs, make_work, environments, chunk_size, description):
-    """Run records through worker processes and write one output file per job, in input order.
-
-    `jobs`: list of (function that returns an iterator of records, output path), all done with one start of the
-    workers. `work(list of (job number, record))` returns one record each; a record with a `skipped` reason is
-    left out of the output, counted, and listed in `<output>.skipped.jsonl`.
-    """
-    total = sum(sum(1 for _ in records()) for records, _ in jobs)  # reads, and so checks, everything first
-    stream = ((number, record) for number, (records, _) in enumerate(jobs) for record in records())
-    chunks = iter(lambda: list(itertools.islice(stream, chunk_size)), [])
-    counts = [[0, []] for _ in jobs]
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(jsonl_writer(path)) for _, path in jobs]
-        bar = stack.enter_context(tqdm(total=total, desc=description, unit="record", smoothing=0.1))
-        for chunk, results in map_chunks(make_work, chunks, environments):
-            for (number, _), result in zip(chunk, results, strict=True):
-                if "skipped" in result:
-                    counts[number][1].append({"prompt_id": result["prompt_id"], "skipped": result["skipped"]})
-                else:
-                    writers[number](result)
-                    counts[number][0] += 1
-                bar.update()
-        bar.close()
-        for (_, path), (written, skipped) in zip(jobs, counts):
-            _report_skipped(Path(path), written, skipped)
-
-
-def _report_skipped(path, written, skipped):
-    log.info("%s: %d records written, %d skipped", path, written, len(skipped))
-    listing = path.with_name(path.name.removesuffix(".jsonl") + ".skipped.jsonl")
-    listing.unlink(missing_ok=True)
-    if skipped:
-        with jsonl_writer(listing) as write:
-            for record in skipped:
-                write(record)
-        first = "; ".join(f"{r['prompt_id']}: {r['skipped']}" for r in skipped[:3])
-        log.warning("skipped records are listed in %s (%s%s)", listing, first, " ..." * (len(skipped) > 3))
-    if not written:
-        raise StageError(f"every record of {path} was skipped; see {listing}")
+    parent = multiprocessing.parent_process()
+    if parent and os.getppid() != parent.pid:  # it ended before the kernel was asked
+        os._exit(1)

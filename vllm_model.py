@@ -1,6 +1,6 @@
 """The vLLM engine and the two things it is used for: sampling responses and reading a judge's preferences.
 
-`Sampler` and `Judge` are built inside worker processes (`utils.map_files`), each of which owns its GPUs. Imports that
+`Sampler` and `Judge` are built inside worker processes (`workers.map_files`), each of which owns its GPUs. Imports that
 cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
@@ -8,37 +8,39 @@ import math
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from utils import StageError, derive_seed, split_list, worker_environments
+from utils import (StageError, check_weights, derive_seed, model_fingerprint, resolve_model, resolve_tokenizer,
+                   split_list, text_id)
+from workers import PoolConfig
 
 JUDGE_TYPES = ("offsetbias-lm",)
 
 
 @dataclass(kw_only=True)
-class EngineConfig:
-    """Where and how engines run.
+class EngineConfig(PoolConfig):
+    """How engines run.
 
     Args:
-        gpus: auto, none, or physical GPU numbers (0,2,3)
-        gpus_per_worker: GPUs that share one copy of the model (tensor parallel)
-        cpu_workers: engines without GPUs
         dtype: auto (bfloat16 on GPU, float32 on CPU) or a name
         gpu_memory_utilization: share of GPU memory for weights and KV cache
-        chunk_size: prompts handed to a worker at once
     """
 
-    gpus: str = "auto"
-    gpus_per_worker: int = 1
-    cpu_workers: int = 1
     dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
-    chunk_size: int = 128
 
-    def environments(self):
-        """One dictionary of environment variables a worker. Raises StageError for GPUs that are not there."""
-        return worker_environments(self.gpus, self.gpus_per_worker, self.cpu_workers)
+    def made_with(self):
+        """{setting: value} of all that results depend on: not the machine's, and the files instead of their names."""
+        machine = {field.name for field in fields(PoolConfig)} | {"gpu_memory_utilization"}
+        settings = {name: value for name, value in asdict(self).items() if name not in machine}
+        for name in {"model", "judge"} & set(settings):
+            directory = resolve_model(settings[name])
+            check_weights(directory)
+            settings[name] = model_fingerprint(directory)
+        if "template" in settings:
+            settings["template"] = text_id(read_template(settings["template"]))
+        return settings
 
 
 @dataclass(kw_only=True)
@@ -83,6 +85,7 @@ class JudgeConfig(EngineConfig):
     max_prompt_tokens: int = 8191
 
     def __post_init__(self):
+        super().__post_init__()
         if self.judge_type not in JUDGE_TYPES:
             raise StageError(f"--judge_type should be one of {', '.join(JUDGE_TYPES)}, got {self.judge_type}")
         if len(split_list(self.labels)) != 2:
@@ -104,15 +107,12 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, max_model_len, config):
-        from data_utils import resolve_model, resolve_tokenizer
         from transformers import AutoConfig
         directory = resolve_model(model)
         positions = getattr(AutoConfig.from_pretrained(directory).get_text_config(), "max_position_embeddings", None)
         if positions and max_model_len > positions:
             raise StageError(f"{model} has {positions} positions, but prompt and new tokens may take {max_model_len}; "
                              "lower --max_prompt_tokens (of a policy also --max_new_tokens)")
-        if not [*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")]:
-            raise StageError(f"{directory} has a config.json but no weights (*.safetensors, *.bin)")
         on_gpu = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -50,6 +50,17 @@ def jsonl(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def some_model(tmp_path_factory):
+    """A directory with a config.json and whole, if few, weights: what a stage checks of a model before it starts."""
+    import torch
+    from safetensors.torch import save_file
+    directory = tmp_path_factory.mktemp("some-model")
+    (directory / "config.json").write_text("{}")
+    save_file({"weight": torch.zeros(3)}, directory / "model.safetensors")
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory):
     """{"policy": a ChatML tokenizer, "judge": one in Llama 3's style}, as directories with a model's config."""
     from game import write_models

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data_utils import (ChatDataset, JsonlDataset, PairDataset, UnscoredPairDataset, collate_sequences, encode_chat,
-                        encode_prompt, encode_text, end_token_id, load_tokenizer, pad, resolve_model)
-from utils import StageError
+                        encode_prompt, encode_text, end_token_id, load_tokenizer, pad)
+from utils import StageError, resolve_model
 
 # What a template adds around one user message, and how often: (spelling, count).
 TEMPLATE_TOKENS = {
@@ -221,7 +221,7 @@ def test_pair_dataset_takes_exactly_max_length(jsonl, tokenizers):
         pairs(jsonl, tokenizers, pair(), max_length=4)
 
 
-@pytest.mark.parametrize("token", [664, 10 ** 6, -1])
+@pytest.mark.parametrize("token", [664, 10 ** 6])
 def test_pair_dataset_names_a_token_outside_the_vocabulary(jsonl, tokenizers, token):
     assert len(pairs(jsonl, tokenizers, pair(rejected_token_ids=[0, 663]))) == 1
     with pytest.raises(StageError, match=f"prompt_id a: token {token} is outside the model's vocabulary of 664"):
@@ -266,12 +266,33 @@ def test_unscored_pair_dataset_tokenises_pairs_from_elsewhere(jsonl, tokenizers)
 
 def test_unscored_pair_dataset_keeps_ids_and_labels_that_are_there(jsonl, tokenizers):
     texts = {"prompt": user("x"), "chosen": assistant("y"), "rejected": assistant("z")}
-    ours = pair("a") | texts
+    ids = {f"{side}_token_ids": encode_text(tokenizers["policy"], text) for side, text in (("chosen", "y"), ("rejected", "z"))}
+    ours = pair("a") | texts | ids
     foreign = {"prompt_id": "b", "win_prob": 0.9} | texts
     dataset = pairs(jsonl, tokenizers, ours, foreign, kind=UnscoredPairDataset, max_length=100)
     assert dataset[0] == ours
     assert (dataset[1]["prompt_id"], dataset[1]["win_prob"]) == ("b", 0.9)
     assert dataset.collate([dataset[1]])["win_prob"].tolist() == pytest.approx([0.9])
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"chosen": assistant("y")}, "token ids are not those of the text under this tokenizer"),
+    ({"win_prob": 1.5}, "win_prob should be a probability, got 1.5"),
+    ({"last_chosen_logp": 0.1}, "last_chosen_logp should be a log-probability, 0 or less, got 0.1"),
+    ({"ref_rejected_logp": -1e999}, "ref_rejected_logp should be a log-probability"),
+    ({"chosen_token_ids": [1.0]}, "chosen_token_ids should be a list of token ids"),
+    ({"prompt_token_ids": ["a"]}, "prompt_token_ids should be a list of token ids")])
+def test_pair_dataset_refuses(tmp_path, jsonl, tokenizers, changes, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair() | changes).replace("-Infinity", "-1e999") + "\n")
+    with pytest.raises(StageError, match=f"prompt_id a: .*{message}"):
+        PairDataset(path, tokenizers["policy"], 16, vocab_size=664)
+
+
+def test_unscored_pair_dataset_wants_all_token_ids_or_none(jsonl, tokenizers):
+    texts = {"prompt": user("x"), "chosen": assistant("y"), "rejected": assistant("z")}
+    with pytest.raises(StageError, match="has prompt_token_ids but not all of"):
+        pairs(jsonl, tokenizers, texts | {"prompt_token_ids": [5]}, kind=UnscoredPairDataset)
 
 
 def test_unscored_pair_dataset_gives_every_pair_an_id_of_its_own(jsonl, tokenizers):

@@ -105,16 +105,16 @@ def test_join_responses_refuses(jsonl, records, message):
         list(join_responses(jsonl("ours", response("a", "x")), jsonl("theirs", *records)))
 
 
-def compare(tmp_path, monkeypatch, ours, theirs, output):
+def compare(some_model, tmp_path, monkeypatch, ours, theirs, output):
     monkeypatch.setattr(eval, "Judge", LengthJudge)
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
-    eval.compare(str(ours), str(theirs), str(output), judge="J", template=str(tmp_path / "t.txt"), gpus="none")
+    eval.compare(str(ours), str(theirs), str(output), judge=some_model, template=str(tmp_path / "t.txt"), gpus="none")
 
 
-def test_compare_writes_comparisons_and_their_summary(jsonl, tmp_path, monkeypatch):
+def test_compare_writes_comparisons_and_their_summary(some_model, jsonl, tmp_path, monkeypatch):
     ours = jsonl("ours.jsonl", response("a", "long"), response("b", "no"), response("c", "same"))
     theirs = jsonl("theirs.jsonl", response("c", "same"), response("b", "yes"), response("a", "x"))
-    compare(tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.jsonl")
+    compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.jsonl")
     assert [record["win_probs"][0][1] for record in read_jsonl(tmp_path / "vs.jsonl")] == [0.75, 0.25, 0.5]
     summary = json.loads((tmp_path / "vs.json").read_text())
     assert (summary["responses"], summary["baseline"]) == (str(ours), str(theirs))
@@ -123,10 +123,10 @@ def test_compare_writes_comparisons_and_their_summary(jsonl, tmp_path, monkeypat
     assert summary["mean_tokens"] == [pytest.approx(10 / 3), pytest.approx(8 / 3)]
 
 
-def test_compare_refuses_an_output_that_its_summary_would_replace(jsonl, tmp_path, monkeypatch):
+def test_compare_refuses_an_output_that_its_summary_would_replace(some_model, jsonl, tmp_path, monkeypatch):
     ours, theirs = jsonl("ours.jsonl", response("a", "x")), jsonl("theirs.jsonl", response("a", "yy"))
     with pytest.raises(StageError, match="vs.json"):
-        compare(tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.json")
+        compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.json")
 
 
 # ---- The demo's game ----

@@ -40,19 +40,19 @@ def test_per_file_refuses(value, count, message):
         per_file("num_samples", value, int, count)
 
 
-def test_main_samples_each_file_with_its_own_settings(jsonl, tmp_path, monkeypatch):
+def test_main_samples_each_file_with_its_own_settings(some_model, jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "Sampler", EchoSampler)
     train = jsonl("train.jsonl", {"prompt": "x"}, {"prompt": "skip", "prompt_id": "b"},
                   {"prompt": "z\u2028", "prompt_id": "c"})
     test = jsonl("test.jsonl", {"prompt": "x"})
     outputs = [tmp_path / "train.samples.jsonl", tmp_path / "test.samples.jsonl"]
-    sampling.main(f"{train},{test}", ",".join(map(str, outputs)), num_samples="3,1", temperature="0.8,0", model="M",
+    sampling.main(f"{train},{test}", ",".join(map(str, outputs)), num_samples="3,1", temperature="0.8,0", model=some_model,
                   gpus="none", chunk_size=2)
     first, second = (list(read_jsonl(path)) for path in outputs)
     assert [record["prompt_id"] for record in first] == ["2d711642b726b044", "c"]  # the first is made from the text
     assert [record["prompt"] for record in first] == ["x", "z\u2028"]
     texts = [[sample["text"] for sample in record["samples"]] for record in first + second]
-    assert texts == [["M at 0.8"] * 3] * 2 + [["M at 0.0"]]
+    assert texts == [[f"{some_model} at 0.8"] * 3] * 2 + [[f"{some_model} at 0.0"]]
     assert [record["prompt_id"] for record in read_jsonl(tmp_path / "train.samples.skipped.jsonl")] == ["b"]
 
 

@@ -22,26 +22,26 @@ def template(tmp_path):
     return str(path)
 
 
-def test_main_adds_win_probabilities_to_the_samples(jsonl, tmp_path, template, monkeypatch):
+def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path, template, monkeypatch):
     monkeypatch.setattr(scoring, "Judge", LengthJudge)
-    train = [samples("a", "yes", "no", "yes"), samples("b", "no", "no"), samples("c", "x", prompt="skip")]
+    train = [samples("a", "yes", "no", "yes"), samples("b", "no", "no", "no"), samples("c", "x", "y", "z", prompt="skip")]
     test = [samples("a", "one", "three")]
     inputs = [jsonl("train.jsonl", *train), jsonl("test.jsonl", *test)]
     outputs = [tmp_path / "train.scores.jsonl", tmp_path / "test.scores.jsonl"]
-    scoring.main(",".join(map(str, inputs)), ",".join(map(str, outputs)), judge="J", template=template, gpus="none",
+    scoring.main(",".join(map(str, inputs)), ",".join(map(str, outputs)), judge=some_model, template=template, gpus="none",
                  chunk_size=2)
     (a, b), (c,) = (list(read_jsonl(path)) for path in outputs)
     assert a == train[0] | {"win_probs": [[None, 0.75, 0.5], [0.25, None, 0.25], [0.5, 0.75, None]], "order_gap": 0,
                             "label_mass": 1}
-    assert b == train[1] | {"win_probs": [[None, 0.5], [0.5, None]], "order_gap": None, "label_mass": None}
+    assert b == train[1] | {"win_probs": [[None, 0.5, 0.5], [0.5, None, 0.5], [0.5, 0.5, None]], "order_gap": None, "label_mass": None}
     assert c == test[0] | {"win_probs": [[None, 0.25], [0.75, None]], "order_gap": 0, "label_mass": 1}
     assert list(read_jsonl(tmp_path / "train.scores.skipped.jsonl")) == [{"prompt_id": "c", "skipped": "too long"}]
 
 
 @pytest.mark.parametrize("field", ["prompt_id", "prompt", "prompt_token_ids", "samples"])
-def test_main_needs_every_field_of_a_samples_file(jsonl, tmp_path, template, field):
-    broken = {name: value for name, value in samples("b", "x").items() if name != field}
-    path = jsonl("train.jsonl", samples("a", "x"), broken)
+def test_main_needs_every_field_of_a_samples_file(some_model, jsonl, tmp_path, template, field):
+    broken = {name: value for name, value in samples("b", "x", "y").items() if name != field}
+    path = jsonl("train.jsonl", samples("a", "x", "y"), broken)
     with pytest.raises(StageError, match=f"train.jsonl, line 2: field '{field}' is missing"):
-        scoring.main(str(path), str(tmp_path / "out"), judge="J", template=template, gpus="none")
+        scoring.main(str(path), str(tmp_path / "out"), judge=some_model, template=template, gpus="none")
     assert not (tmp_path / "out").exists()

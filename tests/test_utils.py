@@ -1,25 +1,18 @@
-"""utils.py: the checked command line, files, seeds, and worker processes (real ones, started with spawn).
+"""utils.py: the checked command line, files and seeds.
 
     python -m pytest tests/test_utils.py
 """
 
+import gzip
 import json
-import logging
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
-import time
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 import pytest
 
-from utils import (MAX_ATTEMPTS, SEED_SPACING, StageError, derive_seed, dump_json, file_lists,
-                   jsonl_writer, map_chunks, map_files, read_jsonl, read_prompts, split_list, text_id,
-                   worker_environments, write_text)
+from utils import (SEED_SPACING, StageError, check_input, derive_seed, dump_json, file_lists, jsonl_writer, read_jsonl, read_prompts,
+                   read_scores, split_list, text_id, write_text)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -266,7 +259,9 @@ GOOD = '{"prompt_id": "a", "prompt": "x", "score": 1}\n'
 @pytest.mark.parametrize("second, message", [
     ("not json\n", "line 2: not valid JSON"),
     ('{"prompt_id": "b", "prompt": "x", "sco', "line 2: not valid JSON"),  # the file was cut
-    ("\n", "line 2: not valid JSON"),
+    ("{}\0\0\n", "line 2: not valid JSON"),
+    ("[" * 100_000 + "\n", "line 2: not valid JSON"),
+    ('{"prompt_id": "b", "prompt": "x", "score": true}\n', "line 2: field 'score' should be int or float, got bool"),
     ('{"prompt_id": "b", "prompt": "x", "score": NaN}\n', "line 2: not valid JSON"),
     ('[1, 2]\n', "line 2: expected a JSON object, got list"),
     ('{"prompt_id": "b", "score": 2}\n', "line 2: field 'prompt' is missing; found prompt_id, score"),
@@ -280,6 +275,50 @@ def test_read_jsonl_names_file_and_line(tmp_path, second, message):
     path.write_text(GOOD + second)
     with pytest.raises(StageError, match=f"a.jsonl, {message}"):
         list(read_jsonl(path, FIELDS))
+
+
+def test_read_jsonl_overlooks_what_editors_leave(tmp_path):
+    """A byte order mark, carriage returns, blank lines."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() + b"\r\n\n \n")
+    assert [record["prompt_id"] for record in read_jsonl(path, FIELDS)] == ["a"]
+
+
+@pytest.mark.parametrize("content, kind", [
+    (gzip.compress(b"{}\n"), "compressed with gzip"), (b"PAR1....", "a Parquet file"), ("{}\n".encode("utf-16"), "UTF-16"),
+    (b"PK\3\4....", "a zip archive")])
+def test_check_input_names_what_is_not_text(tmp_path, content, kind):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(StageError, match=f"a.jsonl is {kind}"):
+        check_input(tmp_path / "a.jsonl")
+
+
+def scored(prompt_id="a", count=2, **changes):
+    """A record of a scores file."""
+    samples = [{"text": str(n), "token_ids": [n], "finish_reason": "stop"} for n in range(count)]
+    return {"prompt_id": prompt_id, "prompt": "x", "prompt_token_ids": [1], "samples": samples,
+            "win_probs": [[None if i == j else 0.5 for j in range(count)] for i in range(count)]} | changes
+
+
+@pytest.mark.parametrize("record, message", [
+    (scored(count=1), "1 samples, needed: 2"), (scored(count=3), "3 samples, but the records before it have 2"),
+    (scored(prompt_token_ids=["1"]), "prompt_token_ids should be a list of token ids"),
+    (scored(prompt_token_ids=[True]), "prompt_token_ids should be a list of token ids"),
+    (scored(samples=["a", "b"]), "each of samples should be {text, token_ids, finish_reason}"),
+    (scored(samples=[{"text": "a"}] * 2), "token_ids of a sample should be a list of token ids, got None"),
+    (scored(samples=[{"text": 1, "token_ids": []}] * 2), "each of samples should be"),
+    (scored(win_probs=None), "is missing; is this a scores file"),
+    (scored(win_probs=[[None, 0.5]]), "win_probs should be 2 x 2 numbers for 2 samples"),
+    (scored(win_probs=[[None], [None]]), "win_probs should be 2 x 2 numbers"),
+    (scored(win_probs=[[0.5, 0.5], [0.5, None]]), r"win_probs\[0\]\[0\] should be null, got 0.5"),
+    (scored(win_probs=[[None, None], [None, None]]), r"win_probs\[1\]\[0\] should be a probability, got None"),
+    (scored(win_probs=[[None, 1.2], [-0.2, None]]), r"win_probs\[1\]\[0\] should be a probability, got -0.2"),
+    (scored(win_probs=[[None, 0.7], [0.5, None]]), "should add up to 1, got 0.5 and 0.7"),
+])
+def test_read_scores_refuses(jsonl, record, message):
+    path = jsonl("scores.jsonl", *([scored("first")] if len(record["samples"]) == 3 else []), record)
+    with pytest.raises(StageError, match=f"scores.jsonl, prompt_id a: .*{message}"):
+        list(read_scores(path))
 
 
 def test_read_jsonl_names_the_line_that_is_not_utf8(tmp_path):
@@ -397,279 +436,3 @@ def test_derive_seed_leaves_room_for_the_samples_of_a_prompt():
 
 def test_derive_seed_tells_its_parts_apart():
     assert len({derive_seed(1, 23), derive_seed(12, 3), derive_seed(123), derive_seed(3, 12)}) == 4
-
-
-# ---- Workers ----
-
-
-@pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    """A function that puts an nvidia-smi with this shell body first on PATH; CUDA_VISIBLE_DEVICES is unset."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def install(body):
-        program = tmp_path / "bin" / "nvidia-smi"
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f"#!/bin/sh\n{body}\n")
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    install("printf '0\\n1\\n2\\n3\\n'")
-    return install
-
-
-def devices(*args, **settings):
-    return [environment["CUDA_VISIBLE_DEVICES"] for environment in worker_environments(*args, **settings)]
-
-
-def test_worker_environments_takes_the_gpus_that_nvidia_smi_lists(nvidia_smi):
-    assert devices("auto") == ["0", "1", "2", "3"]
-    assert devices("auto", gpus_per_worker=2) == ["0,1", "2,3"]
-    assert devices("3, 1") == ["3", "1"]
-    assert devices("none", cpu_workers=3) == ["", "", ""]
-
-
-@pytest.mark.parametrize("visible, expected", [
-    ("2,5", ["2", "5"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]), ("", [""]), ("-1", [""])])
-def test_worker_environments_stays_within_cuda_visible_devices(nvidia_smi, monkeypatch, visible, expected):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)  # -1 is CUDA's own way to say: none
-    assert devices("auto") == expected
-    assert devices("none") == [""]
-    with pytest.raises(StageError, match="--gpus names 0, but CUDA_VISIBLE_DEVICES allows"):
-        devices("0")
-
-
-@pytest.mark.parametrize("body", ["exit 9", "echo 'NVIDIA-SMI has failed'; exit 1", ":"])
-def test_worker_environments_uses_the_cpu_where_there_is_no_gpu(nvidia_smi, body):
-    nvidia_smi(body)
-    assert devices("auto", cpu_workers=2) == ["", ""]
-    with pytest.raises(StageError, match="--gpus names 0, but nvidia-smi lists none"):
-        devices("0")
-
-
-def test_worker_environments_refuses_an_unknown_gpu(nvidia_smi):
-    with pytest.raises(StageError, match="--gpus names 4,x, but nvidia-smi lists 0,1,2,3"):
-        devices("0,4,x")
-
-
-def test_worker_environments_refuses_an_uneven_split(nvidia_smi):
-    with pytest.raises(StageError, match="4 GPUs cannot be split into groups of 3"):
-        devices("auto", gpus_per_worker=3)
-
-
-@pytest.mark.parametrize("gpus, settings", [
-    ("0,0", {}), ("auto", {"gpus_per_worker": 0}), ("none", {"cpu_workers": 0})])
-def test_worker_environments_refuses_impossible_settings(nvidia_smi, gpus, settings):
-    # A GPU given to two engines, groups of none, and no worker at all, for which map_chunks would wait for ever.
-    with pytest.raises(StageError):
-        worker_environments(gpus, **settings)
-
-
-# The functions of the worker processes: `work(folder, chunk)`, where the folder takes notes of what happened.
-
-
-def start(work, folder):
-    (folder / f"pid-{os.getpid()}").touch()
-    return partial(work, folder)
-
-
-def doubled(folder, chunk):
-    return 2 * chunk
-
-
-def visible_devices(folder, chunk):
-    return os.environ["CUDA_VISIBLE_DEVICES"]
-
-
-def first_is_slow(folder, chunk):
-    """Chunk 0 ends only after chunk 5 has ended, which so has to run elsewhere."""
-    deadline = time.monotonic() + 60
-    while chunk == 0 and not (folder / "done-5").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    (folder / f"done-{chunk}").touch()
-    return chunk, os.getpid()
-
-
-def raises(error, folder, chunk):
-    if chunk == 2:
-        raise error("chunk two is bad")
-    return chunk
-
-
-def dies(times, folder, chunk):
-    """Kills itself at chunk 2, so many times."""
-    notes = folder / "deaths"
-    deaths = notes.read_text() if notes.exists() else ""
-    if chunk == 2 and len(deaths) < times:
-        notes.write_text(deaths + "x")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 2 * chunk
-
-
-def dies_at_start(folder):
-    with open(folder / "deaths", "a") as notes:
-        notes.write("x")
-    os._exit(7)
-
-
-def fails_at_start(folder):
-    raise StageError("the model does not exist")
-
-
-def unpicklable(folder, chunk):
-    return lambda: chunk
-
-
-@pytest.fixture(autouse=True)
-def no_child_left(tmp_path):
-    """After the test, every worker that it started has ended."""
-    yield
-    assert multiprocessing.active_children() == []
-    for note in tmp_path.glob("pid-*"):
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(note.name.removeprefix("pid-")), 0)
-
-
-def run_chunks(tmp_path, work, chunks, workers=1):
-    return list(map_chunks(partial(start, work, tmp_path), chunks, [{}] * workers))
-
-
-def test_map_chunks_keeps_the_order_of_uneven_work(tmp_path):
-    found = run_chunks(tmp_path, first_is_slow, range(9), workers=2)
-    assert [chunk for chunk, _ in found] == list(range(9))
-    assert [result for _, (result, _) in found] == list(range(9))
-    pids = [pid for _, (_, pid) in found]
-    assert len(set(pids)) == 2
-    assert len(set(pids[1:6])) == 1 and pids[0] != pids[1]
-
-
-def test_map_chunks_sets_each_workers_environment(tmp_path):
-    (found,) = map_chunks(partial(start, visible_devices, tmp_path), [0], [{"CUDA_VISIBLE_DEVICES": "3,5"}])
-    assert found == (0, "3,5")
-
-
-def test_map_chunks_takes_chunks_as_they_are_needed(tmp_path):
-    results = map_chunks(partial(start, doubled, tmp_path), count(), [{}])  # chunks without end
-    assert [next(results) for _ in range(3)] == [(0, 0), (1, 2), (2, 4)]
-    results.close()
-
-
-def test_map_chunks_without_chunks(tmp_path):
-    assert run_chunks(tmp_path, doubled, []) == []
-
-
-@pytest.mark.parametrize("error, shown", [
-    (ValueError, "ValueError: chunk two is bad"), (StageError, "chunk two is bad")])
-def test_map_chunks_passes_on_an_exception(tmp_path, error, shown):
-    with pytest.raises(StageError, match=rf"worker 0 \(CPU, pid \d+\) failed:\n(.*\n)*{shown}$") as raised:
-        run_chunks(tmp_path, partial(raises, error), range(4))
-    assert ("Traceback" in str(raised.value)) == (error is ValueError)
-
-
-def test_map_chunks_passes_on_a_result_that_cannot_be_sent(tmp_path):
-    with pytest.raises(StageError, match="pickle"):
-        run_chunks(tmp_path, unpicklable, [0])
-
-
-def test_map_chunks_passes_on_a_failed_start(tmp_path):
-    with pytest.raises(StageError, match="failed:\nthe model does not exist$"):
-        list(map_chunks(partial(fails_at_start, tmp_path), [0], [{}]))
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_map_chunks_does_the_chunk_of_a_killed_worker_again(tmp_path, caplog, workers):
-    assert run_chunks(tmp_path, partial(dies, MAX_ATTEMPTS - 1), range(6), workers) == [(n, 2 * n) for n in range(6)]
-    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == MAX_ATTEMPTS - 1
-    assert all("died with exit code -9" in warning for warning in warnings)
-
-
-def test_map_chunks_gives_up_on_a_chunk_that_always_kills(tmp_path):
-    with pytest.raises(StageError, match=f"died with exit code -9, as did {MAX_ATTEMPTS - 1} before it"):
-        run_chunks(tmp_path, partial(dies, 10), range(6))
-    assert (tmp_path / "deaths").read_text() == "x" * MAX_ATTEMPTS
-
-
-def test_map_chunks_gives_up_on_a_worker_that_never_starts(tmp_path):
-    with pytest.raises(StageError, match="died with exit code 7"):
-        list(map_chunks(partial(dies_at_start, tmp_path), [0], [{}]))
-    assert (tmp_path / "deaths").read_text() == "x" * MAX_ATTEMPTS
-
-
-def test_map_chunks_passes_on_an_error_among_the_chunks(tmp_path):
-    def chunks():
-        yield 0
-        raise StageError("line 2 is bad")
-    with pytest.raises(StageError, match="line 2 is bad"):
-        run_chunks(tmp_path, doubled, chunks())
-
-
-def answered(folder, tasks):
-    """One record a task: skipped where the prompt says so."""
-    return [{"prompt_id": record["prompt_id"], "skipped": "too long"} if record["prompt"] == "skip" else
-            record | {"job": job, "pid": os.getpid()} for job, record in tasks]
-
-
-def fails_on_request(folder, tasks):
-    assert all(record["prompt"] != "fail" for _, record in tasks), "asked to fail"
-    return answered(folder, tasks)
-
-
-def run_files(tmp_path, work, *inputs, chunk_size=2):
-    """Paths of one output a list of prompts."""
-    jobs = []
-    for number, prompts in enumerate(inputs):
-        records = [{"prompt_id": f"{number}-{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
-        jobs.append((partial(iter, records), tmp_path / "out" / f"{number}.jsonl"))
-    map_files(jobs, partial(start, work, tmp_path), [{}], chunk_size, "working")
-    return [path for _, path in jobs]
-
-
-def ids(path):
-    return [record["prompt_id"] for record in read_jsonl(path)]
-
-
-def test_map_files_writes_each_job_in_order_with_one_start(tmp_path):
-    first, second = run_files(tmp_path, answered, "abc", "defg")
-    assert ids(first) == ["0-0", "0-1", "0-2"]
-    assert ids(second) == ["1-0", "1-1", "1-2", "1-3"]
-    results = [record for path in (first, second) for record in read_jsonl(path)]
-    assert [record["job"] for record in results] == [0, 0, 0, 1, 1, 1, 1]
-    assert len({record["pid"] for record in results}) == 1
-    assert sorted(path.name for path in first.parent.iterdir()) == ["0.jsonl", "1.jsonl"]
-
-
-def test_map_files_counts_and_lists_skipped_records(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    first, second = run_files(tmp_path, answered, ["a", "skip", "b"], ["c"])
-    assert (ids(first), ids(second)) == (["0-0", "0-2"], ["1-0"])
-    listing = first.with_name("0.skipped.jsonl")
-    assert list(read_jsonl(listing)) == [{"prompt_id": "0-1", "skipped": "too long"}]
-    assert not first.with_name("1.skipped.jsonl").exists()
-    assert f"{first}: 2 records written, 1 skipped" in caplog.messages
-    # A list of an earlier run does not outlive it.
-    run_files(tmp_path, answered, ["a", "b"])
-    assert not listing.exists()
-
-
-def test_map_files_leaves_nothing_after_a_failure(tmp_path):
-    with pytest.raises(StageError, match="asked to fail"):
-        run_files(tmp_path, fails_on_request, ["a", "b", "c"], ["d", "e", "fail"])
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_map_files_fails_without_an_output_when_all_is_skipped(tmp_path):
-    with pytest.raises(StageError, match="every record of .*0.jsonl was skipped; see .*0.skipped.jsonl"):
-        run_files(tmp_path, answered, ["skip", "skip"])
-    assert len(ids(tmp_path / "out" / "0.skipped.jsonl")) == 2
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.skipped.jsonl"]
-
-
-def test_map_files_checks_every_record_before_it_starts(tmp_path, jsonl):
-    good = jsonl("good.jsonl", {"prompt_id": "a", "prompt": "x"})
-    bad = jsonl("bad.jsonl", {"prompt_id": "a", "prompt": "x"}, {"prompt_id": "b"})
-    fields = {"prompt_id": str, "prompt": str}
-    jobs = [(partial(read_jsonl, path, fields), tmp_path / "out" / path.name) for path in (good, bad)]
-    with pytest.raises(StageError, match="bad.jsonl, line 2: field 'prompt' is missing"):
-        map_files(jobs, partial(start, answered, tmp_path), [{}], 2, "working")
-    assert not list(tmp_path.glob("pid-*")) and not (tmp_path / "out").exists()

@@ -1,0 +1,383 @@
+"""Records through local worker processes, losing nothing: `map_files(jobs, make_work, pool, description)`.
+
+Each worker owns its GPUs (or none). Records are handed out in chunks; a worker that dies or stalls is replaced and its
+records are tried again, and one that always kills its worker is found by halving the chunk. What is finished is kept in
+`<output>.partial` until the output is complete, so a stage that is killed goes on where it stopped.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils import (StageError, atomic_file, check_made_with, die_with_parent, dump_json, jsonl_writer, log,
+                   split_list)
+
+
+@dataclass(kw_only=True)
+class PoolConfig:
+    """The worker processes of a stage.
+
+    Args:
+        gpus: auto, none, or physical GPU numbers (0,2,3)
+        gpus_per_worker: GPUs that share one copy of the model (tensor parallel)
+        cpu_workers: engines without GPUs
+        chunk_size: prompts handed to a worker at once
+        on_error: what becomes of a record that kills its workers: fail (the stage fails and names it) or skip (it is
+            left out, counted and listed)
+        stall_timeout: seconds without a finished chunk after which a worker counts as dead; 0: never
+    """
+
+    gpus: str = "auto"
+    gpus_per_worker: int = 1
+    cpu_workers: int = 1
+    chunk_size: int = 128
+    on_error: str = "fail"
+    stall_timeout: float = 1800.0
+
+    def __post_init__(self):
+        if self.on_error not in ("fail", "skip"):
+            raise StageError(f"--on_error should be fail or skip, got {self.on_error}")
+        if self.chunk_size < 1:
+            raise StageError(f"--chunk_size should be at least 1, got {self.chunk_size}")
+        if not 0 <= self.stall_timeout < float("inf"):
+            raise StageError(f"--stall_timeout should be a number of seconds, 0 or more, got {self.stall_timeout}")
+        self.environments()
+
+    def environments(self):
+        """One dictionary of environment variables a worker. Raises StageError for GPUs that are not there."""
+        return worker_environments(self.gpus, self.gpus_per_worker, self.cpu_workers)
+
+
+def worker_environments(gpus="auto", gpus_per_worker=1, cpu_workers=1):
+    """The environment variables of each worker process: which GPUs it owns, or none.
+
+    `gpus`: `auto` (all that this process may use, or the CPU where there are none), a comma-separated list of
+    physical numbers as nvidia-smi shows them, or `none`. With CUDA_VISIBLE_DEVICES set, only GPUs named there
+    may be used. Raises StageError for a GPU that does not exist, or numbers that do not divide evenly.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    allowed = _physical_gpus() if visible is None else [] if visible.strip() == "-1" else split_list(visible)
+    chosen = [] if gpus == "none" else allowed if gpus == "auto" else split_list(gpus)
+    if min(gpus_per_worker, cpu_workers) < 1 or len(set(chosen)) < len(chosen):
+        raise StageError(f"--gpus {gpus}, --gpus_per_worker {gpus_per_worker}, --cpu_workers {cpu_workers}: each GPU "
+                         "may be named once, and the numbers should be at least 1")
+    unknown = [gpu for gpu in chosen if gpu not in allowed]
+    if unknown:
+        source = "nvidia-smi lists" if visible is None else "CUDA_VISIBLE_DEVICES allows"
+        raise StageError(f"--gpus names {','.join(unknown)}, but {source} {','.join(allowed) or 'none'}")
+    if not chosen:
+        return [{"CUDA_VISIBLE_DEVICES": ""}] * cpu_workers
+    if len(chosen) % gpus_per_worker:
+        raise StageError(f"{len(chosen)} GPUs cannot be split into groups of {gpus_per_worker} (--gpus_per_worker)")
+    groups = [chosen[i:i + gpus_per_worker] for i in range(0, len(chosen), gpus_per_worker)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
+
+
+def _physical_gpus():
+    try:
+        listing = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+                                 capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return listing.stdout.split() if listing.returncode == 0 else []
+
+
+# ---------------------------------------------------------------------------------------------- one worker
+
+def _worker_main(make_work, environment, connection):
+    os.environ.update(environment)
+    die_with_parent()
+    os.setpgid(0, 0)  # with whatever the engine starts, it can be killed as a group
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        work = make_work()
+        connection.send(("ready", None))
+        while (task := connection.recv()) is not None:
+            connection.send(("done", work(task)))
+    except StageError as error:
+        connection.send(("error", str(error)))
+    except (EOFError, BrokenPipeError):
+        pass
+    except BaseException:
+        connection.send(("broken", traceback.format_exc()))
+
+
+class _Worker:
+    def __init__(self, number, make_work, environment):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_worker_main, args=(make_work, environment, theirs), daemon=False)
+        self.process.start()
+        theirs.close()
+        gpus = environment.get("CUDA_VISIBLE_DEVICES")
+        self.name = f"worker {number} ({'GPU ' + gpus if gpus else 'CPU'}, pid {self.process.pid})"
+        self.ready, self.chunk, self.since = False, None, time.monotonic()
+
+    def hand(self, chunk):
+        """Give it a _Chunk to work on."""
+        self.chunk, self.since = chunk, time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it has died; noticed when it is asked
+            self.connection.send(chunk.tasks)
+
+    def ask(self, stall_timeout):
+        """('ready' | 'done' | 'error' | 'lost' | None, value), without blocking; of a lost one the reason."""
+        try:
+            if self.connection.poll():
+                kind, value = self.connection.recv()
+                return ("lost", f"failed:\n{value.rstrip()}") if kind == "broken" else (kind, value)
+        except (EOFError, OSError):
+            self.process.join()
+        if self.process.exitcode is not None:
+            return "lost", f"died with exit code {self.process.exitcode}"
+        if stall_timeout and (self.chunk or not self.ready) and time.monotonic() - self.since > stall_timeout:
+            return "lost", f"made no progress for {stall_timeout:g} s (--stall_timeout)"
+        return None, None
+
+    def stop(self, wait=0):
+        """End it, politely when there is time to `wait`, with every process that it started."""
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.process.join(wait)
+        for kill in (lambda: os.killpg(self.process.pid, signal.SIGKILL), self.process.kill):
+            with contextlib.suppress(OSError):
+                kill()
+        self.process.join()
+        self.connection.close()
+
+
+# ---------------------------------------------------------------------------------------------- all workers
+
+@dataclass
+class _Chunk:
+    tasks: list
+    losses: int = 0  # workers that were lost over it
+
+
+MAX_STARTS = 3  # of one worker, until it gets ready once
+
+
+def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
+    """Yield `(tasks, work(tasks))` for every chunk, a list of tasks, as they are finished, in any order.
+
+    One worker process per environment; `make_work()` is called once in each and returns the function `work`. Chunks are
+    handed out one at a time, so a fast worker takes more of them. A worker that dies, raises an exception or makes no
+    progress for `stall_timeout` seconds is named and replaced, and its chunk is tried a second time, then in halves,
+    each of them once, down to the one task that does it: `give_up(task, reason)` raises StageError or returns a result.
+    A StageError inside a worker, and a worker that never gets ready in MAX_STARTS starts, end everything.
+    """
+    chunks, redo, starts = map(_Chunk, chunks), [], [1] * len(environments)
+    chunk = next(chunks, None)
+    workers = [_Worker(n, make_work, environment) for n, environment in enumerate(environments)] if chunk else []
+    try:
+        while chunk or redo or any(worker.chunk for worker in workers):
+            for worker in workers:
+                if worker.ready and not worker.chunk and (chunk or redo):
+                    if redo:
+                        worker.hand(redo.pop(0))
+                    else:
+                        worker.hand(chunk)
+                        chunk = next(chunks, None)
+            multiprocessing.connection.wait([worker.connection for worker in workers] +
+                                            [worker.process.sentinel for worker in workers], timeout=1)
+            for number, worker in enumerate(workers):
+                kind, value = worker.ask(stall_timeout)
+                if kind == "ready":
+                    worker.ready, starts[number] = True, 0
+                elif kind == "done":
+                    done, worker.chunk = worker.chunk, None
+                    yield done.tasks, value
+                elif kind == "error":
+                    raise StageError(f"{worker.name} failed:\n{value}")
+                elif kind == "lost":
+                    lost, reason = worker.chunk, f"{worker.name} {value}"
+                    worker.stop()
+                    if starts[number] == MAX_STARTS:
+                        raise StageError(f"{reason}\nas did the {MAX_STARTS - 1} before it, all while starting; out of "
+                                         "memory? See the messages above and the system log")
+                    starts[number] += 1
+                    log.warning("%s; another starts in its place", reason)
+                    workers[number] = _Worker(number, make_work, environments[number])
+                    if lost:
+                        retried, culprit = _retry(lost)
+                        redo += retried
+                        if culprit:
+                            yield culprit, [give_up(culprit[0], reason)]
+    finally:
+        for worker in workers:
+            worker.stop(wait=10 if worker.ready and not worker.chunk else 0)
+
+
+def _retry(lost):
+    """(chunks to try instead of a lost one, the single task to give up as a list or None)."""
+    if not lost.losses:
+        return [_Chunk(lost.tasks, 1)], None
+    if len(lost.tasks) == 1:
+        return [], lost.tasks
+    middle = len(lost.tasks) // 2
+    return [_Chunk(lost.tasks[:middle], 1), _Chunk(lost.tasks[middle:], 1)], None
+
+
+# ---------------------------------------------------------------------------------------------- finished records
+
+class Journal:
+    """The finished records of an output that is not complete yet: `<output>.partial`.
+
+    Its first line tells what the records were made with; each further one is a record, in the order in which they were
+    finished. A line that a kill or a loss of power has torn, and all behind it, is dropped.
+
+    Args:
+        path: the output's path.
+        made_with: {setting: value}, all that the records depend on.
+
+    Raises StageError when the file was made with other settings.
+    """
+
+    def __init__(self, path, made_with):
+        self.output = Path(path)
+        self.path = self.output.with_name(self.output.name + ".partial")
+        self.offsets = {}  # of each prompt_id's line
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        header, self.size = None, 0
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            for line in file:
+                record = _whole_record(line)
+                if record is None:
+                    break
+                if header is None:
+                    header = record
+                else:
+                    self.offsets[record.get("prompt_id")] = self.size
+                self.size += len(line)
+            if header is not None:
+                found = f"{len(self.offsets)} finished records made"
+                check_made_with(self.path, found, header.get("made_with", {}), made_with)
+            file.truncate(self.size)
+        if header is None:
+            self.write([{"made_with": made_with}])
+
+    def append(self, records):
+        """Keep finished records; they survive a kill from here on."""
+        places = self.write(records)
+        self.offsets.update((record["prompt_id"], place) for record, place in zip(records, places))
+
+    def write(self, records):
+        """Append records; returns where each one begins. Raises StageError when the disk is full."""
+        lines = [dump_json(record).encode() + b"\n" for record in records]
+        places = list(itertools.accumulate(map(len, lines), initial=self.size))
+        data = b"".join(lines)
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                while data:
+                    data = data[file.write(data):]
+        except OSError as error:
+            raise StageError(f"{self.path}: {error.strerror}; what was finished before is kept there. "
+                             "Make room and start again") from None
+        self.size = places[-1]
+        return places
+
+    def lines(self, ids):
+        """The records of these prompt_ids as lines of bytes, in this order."""
+        with open(self.path, "rb") as file:
+            for prompt_id in ids:
+                file.seek(self.offsets[prompt_id])
+                yield file.readline()
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)
+
+
+def _whole_record(line):
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+        return record if isinstance(record, dict) else None
+    except ValueError:
+        return None
+
+
+def map_files(jobs, make_work, pool, description):
+    """Run records through worker processes and write one output file per job, in input order.
+
+    Everything is read, and so checked, before a worker starts. What a killed run has finished is not done again.
+
+    Args:
+        jobs: list of (function that returns an iterator of records, output path, {setting: value} that the output
+            depends on), all done with one start of the workers.
+        make_work: `make_work()` returns work(list of (job number, record)) -> one record each; a record with a
+            `skipped` reason is left out of the output, counted, and listed in `<output>.skipped.jsonl`.
+        pool: PoolConfig
+        description: of the progress bar
+    """
+    ids, journals = [], []
+    for records, _, _ in jobs:
+        digest, job_ids = hashlib.sha256(), []
+        for record in records():
+            job_ids.append(record["prompt_id"])
+            digest.update(dump_json(record).encode())
+        ids.append((job_ids, digest.hexdigest()[:16]))
+    for (_, path, made_with), (_, digest) in zip(jobs, ids):
+        journals.append(Journal(path, made_with | {"input": digest}))
+    tasks = ((number, record) for number, (records, _, _) in enumerate(jobs) for record in records()
+             if record["prompt_id"] not in journals[number].offsets)
+    chunks = iter(lambda: list(itertools.islice(tasks, pool.chunk_size)), [])
+    finished = sum(len(journal.offsets) for journal in journals)
+    if finished:
+        log.info("going on after %d finished records", finished)
+
+    def give_up(task, reason):
+        prompt_id = task[1]["prompt_id"]
+        if pool.on_error == "fail":
+            raise StageError(f"{reason}\nThe record with prompt_id {prompt_id} does this to every worker; what the others "
+                             "gave is kept. --on_error skip leaves it out")
+        log.warning("prompt_id %s is left out: %s", prompt_id, reason)
+        return {"prompt_id": prompt_id, "skipped": f"it ends every worker: {reason.splitlines()[-1]}"}
+
+    environments = pool.environments()
+    gpus = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments]
+    log.info("%d worker%s on %s", len(gpus), "s" * (len(gpus) > 1), f"GPUs {' '.join(gpus)}" if any(gpus) else "CPU")
+    with tqdm(total=sum(len(job_ids) for job_ids, _ in ids), initial=finished, desc=description, unit="record",
+              smoothing=0.1, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+        for done, results in map_chunks(make_work, chunks, environments, give_up, pool.stall_timeout):
+            for number, journal in enumerate(journals):
+                journal.append([result for task, result in zip(done, results, strict=True) if task[0] == number])
+            bar.update(len(done))
+    for journal, (job_ids, _) in zip(journals, ids):
+        _write_output(journal, job_ids)
+    for journal in journals:  # only when all outputs are in place
+        journal.remove()
+
+
+def _write_output(journal, ids):
+    """The output and the list of skipped records, from the journal, in input order."""
+    path, skipped = journal.output, []
+    listing = path.with_name(path.name.removesuffix(".jsonl") + ".skipped.jsonl")
+    listing.unlink(missing_ok=True)
+    lines = [line for line in journal.lines(ids) if b'"skipped"' in line]
+    skipped = [record for record in map(json.loads, lines) if "skipped" in record]
+    left_out = {record["prompt_id"] for record in skipped}
+    if skipped:
+        with jsonl_writer(listing) as write:
+            for record in skipped:
+                write(record)
+        first = "; ".join(f"{r['prompt_id']}: {r['skipped']}" for r in skipped[:3])
+        log.warning("skipped records are listed in %s (%s%s)", listing, first, " ..." * (len(skipped) > 3))
+    if len(skipped) == len(ids):
+        journal.remove()
+        raise StageError(f"every record of {path} was skipped; see {listing}")
+    with atomic_file(path) as file:
+        file.writelines(journal.lines(prompt_id for prompt_id in ids if prompt_id not in left_out))
+    log.info("%s: %d records written, %d skipped", path, len(ids) - len(skipped), len(skipped))
