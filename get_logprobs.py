@@ -12,62 +12,83 @@ Output, in input order: the input's fields and
 
 Natural logarithms; the end token counts where it was sampled. They come from the forward path and precision of
 training (launch both the same way), so that training can check that it starts from the last policy. Each model is
-loaded once, and only one when both are the same. Exit code 0 means that every pair of the input is in the output.
+loaded once, and only one when both are the same. What is finished is kept in `<output>.last.partial` and
+`<output>.ref.partial`: a run that was killed goes on there. Exit code 0 means that every pair of the input is in the output.
 """
 
+import itertools
+import json
 import math
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from data_utils import UnscoredPairDataset, load_tokenizer, resolve_model
+from data_utils import UnscoredPairDataset, load_tokenizer
 from train_utils import batch_logps, load_model, local_batches, on_device, start_accelerator
-from utils import StageError, file_lists, jsonl_writer, log, run
+from utils import (StageError, check_weights, file_lists, fingerprint, jsonl_writer, log, model_fingerprint,
+                   resolve_model, run)
+from workers import Journal
 
 GATHER_EVERY = 64  # micro-batches between two exchanges among processes
 
 
-def model_logps(name, datasets, batch_size, accelerator):
-    """[(chosen, rejected) summed log-probabilities of every record, one list a data set] under one model."""
-    model = load_model(name)
-    # Under FSDP 2 accelerate shards a model only together with an optimiser; this one keeps no state and never steps.
-    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-    model.eval()
-    results = []
-    for dataset in datasets:
-        logps = [(math.nan, math.nan)] * len(dataset)
-        batches = list(local_batches(list(range(len(dataset))), batch_size, accelerator))
-        bar = tqdm(total=len(dataset), desc=f"log-probabilities {name}", unit="pair",
-                   disable=not accelerator.is_main_process)
-        for first in range(0, len(batches), GATHER_EVERY):
-            found = []
-            for indices, counts in batches[first:first + GATHER_EVERY]:
-                batch = on_device(dataset.collate([dataset[i] for i in indices]), accelerator.device)
-                with torch.no_grad():
-                    chosen, rejected = batch_logps(model, batch).chunk(2)
-                found += list(zip(indices, chosen.tolist(), rejected.tolist())) if counts else []
-                bar.update(min(len(indices) * accelerator.num_processes, bar.total - bar.n))
-            for index, *values in gather_object(found):
-                logps[index] = tuple(values)
-        bar.close()
-        results.append(logps)
-    accelerator.free_memory(model)
-    return results
+def model_logps(name, datasets, journals, batch_size, accelerator):
+    """[[(chosen, rejected) summed log-probabilities of each pair] of each data set] under one model.
+
+    Batches are the same wherever an earlier run was stopped; those that `journals` (the main process's, one a data set)
+    holds are not computed again.
+    """
+    ids = [[dataset[i]["prompt_id"] for i in range(len(dataset))] for dataset in datasets]
+    finished = [[prompt_id in journal.offsets for prompt_id in own] for journal, own in zip(journals, ids)]
+    (finished,) = broadcast_object_list([finished])
+    if not all(map(all, finished)):
+        model = load_model(name)
+        # Under FSDP 2 accelerate shards a model only with an optimiser; this one keeps no state and never steps.
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+        model.eval()
+        for number, dataset in enumerate(datasets):
+            batches = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
+            left = [i for batch in batches if not all(finished[number][j] for j in batch) for i in batch]
+            bar = tqdm(total=len(dataset), initial=len(dataset) - len(left), unit="pair",
+                       desc=f"log-probabilities {name}", disable=not accelerator.is_main_process)
+            for found in compute(model, dataset, list(local_batches(left, batch_size, accelerator)), accelerator):
+                if accelerator.is_main_process:
+                    journals[number].append([{"prompt_id": ids[number][index], "logps": logps}
+                                             for index, *logps in found])
+                bar.update(len(found))
+            bar.close()
+        accelerator.free_memory(model)
+    return [[json.loads(line)["logps"] for line in journal.lines(own)] for journal, own in zip(journals, ids)]
+
+
+def compute(model, dataset, batches, accelerator):
+    """Yield [(index, chosen, rejected), ...] of all processes, on each of them, GATHER_EVERY batches at a time.
+
+    Raises StageError for a value that is not finite.
+    """
+    for first in range(0, len(batches), GATHER_EVERY):
+        found = []
+        for indices, counts in batches[first:first + GATHER_EVERY]:
+            batch = on_device(dataset.collate([dataset[i] for i in indices]), accelerator.device)
+            with torch.no_grad():
+                chosen, rejected = batch_logps(model, batch).chunk(2)
+            found += list(zip(indices, chosen.tolist(), rejected.tolist())) if counts else []
+        found = gather_object(found)
+        bad = [dataset[index]["prompt_id"] for index, *values in found if not all(map(math.isfinite, values))]
+        if bad:
+            raise StageError(f"{dataset.path}: no finite log-probability for prompt_id {', '.join(bad[:10])}")
+        yield found
 
 
 def write(dataset, path, last, ref):
-    """Write the records with their log-probabilities; raises StageError if one is missing or not finite."""
-    bad = [i for i in range(len(dataset)) if not all(map(math.isfinite, last[i] + ref[i]))]
-    if bad:
-        raise StageError(f"{dataset.path}: no finite log-probability for {len(bad)} of {len(dataset)} pairs, first "
-                         + ", ".join(dataset[i]["prompt_id"] for i in bad[:10]))
+    """Write the records with their log-probabilities."""
     with jsonl_writer(path) as write_record:
         for index in range(len(dataset)):
             record = dataset[index]
             names = ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
             lengths = {f"{side}_num_tokens": len(record[f"{side}_token_ids"]) for side in ("chosen", "rejected")}
-            write_record(record | dict(zip(names, last[index] + ref[index])) | lengths)
+            write_record(record | dict(zip(names, [*last[index], *ref[index]])) | lengths)
     log.info("%s: %d pairs", path, len(dataset))
 
 
@@ -88,12 +109,21 @@ def main(model: str, reference: str, input: str, output: str, tokenizer: str = "
     loaded = load_tokenizer(model, tokenizer)
     accelerator = start_accelerator(seed=0)
     names = list(dict.fromkeys(map(resolve_model, (model, reference))))
+    for name in names:
+        check_weights(name)
     vocab_size = vocabulary(names)
     datasets = [UnscoredPairDataset(path, loaded, max_length, vocab_size) for path in inputs]
-    logps = {name: model_logps(name, datasets, batch_size, accelerator) for name in names}
+    journals = []  # one a model and file
+    for label, name in zip(("last", "ref"), names):
+        made_with = {"model": model_fingerprint(name), "tokenizer": tokenizer, "precision": accelerator.mixed_precision}
+        journals.append([Journal(f"{target}.{label}", made_with | {"input": fingerprint(source)})
+                         for source, target in zip(inputs, outputs)] if accelerator.is_main_process else [])
+    logps = [model_logps(name, datasets, own, batch_size, accelerator) for name, own in zip(names, journals)]
     if accelerator.is_main_process:
-        for i, (dataset, path) in enumerate(zip(datasets, outputs)):
-            write(dataset, path, logps[names[0]][i], logps[names[-1]][i])
+        for dataset, path, last, ref in zip(datasets, outputs, logps[0], logps[-1]):
+            write(dataset, path, last, ref)
+        for journal in itertools.chain(*journals):  # only when all outputs are in place
+            journal.remove()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -3,8 +3,10 @@
 What a stored log-probability and a trained one have in common is here: `start_accelerator`, `load_model`, `batch_logps`.
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -15,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from data_utils import load_tokenizer, resolve_model
+from data_utils import load_tokenizer
 from losses import sequence_logps
-from utils import StageError, check_input, die_with_parent, dump_json, log, write_text
+from utils import (StageError, check_input, check_made_with, check_weights, die_with_parent, dump_json, fingerprint,
+                   log, model_fingerprint, resolve_model, sync, write_text)
 
 
 @dataclass
@@ -43,6 +46,8 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations, for less memory and a third more time
         shuffle: a new order every epoch; without it, the file's
         eval_steps: validate every so many updates, besides each epoch's end
+        save_steps: a resume point every so many updates, 0: none; with --select best also where the validation
+            loss is the lowest so far. A run that was stopped goes on behind the last one when started again
         keep_last: keep the final weights beside the best ones, in last/
         start_tolerance: nats by which the stored log-probabilities of the last policy may differ from this
             model's before training; 0 chooses 0.05 in float32 and 3 in bfloat16
@@ -67,6 +72,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     shuffle: bool = True
     eval_steps: int = 500
+    save_steps: int = 200
     keep_last: bool = False
     start_tolerance: float = 0.0
     seed: int = 0
@@ -75,6 +81,8 @@ class TrainingConfig:
         for name in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_length", "eval_steps"):
             if not getattr(self, name) > 0:
                 raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
+        if self.save_steps < 0:
+            raise StageError(f"--save_steps should not be negative, got {self.save_steps}")
         if self.select not in ("best", "last"):
             raise StageError(f"--select should be best or last, got {self.select}")
         if not 0 <= self.warmup_ratio <= 1:
@@ -94,12 +102,19 @@ def start_accelerator(seed):
     if "LOCAL_RANK" in os.environ:
         die_with_parent()  # the launcher
     accelerator = Accelerator()
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision == "bf16":
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        # Resume points: each process writes its shards. `get_state_dict` gathers all the same.
+        plugin.state_dict_config = plugin.optim_state_dict_config = None
+        plugin.set_state_dict_type("SHARDED_STATE_DICT")
+        if accelerator.mixed_precision == "bf16":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     if not accelerator.is_main_process:
         log.setLevel("WARNING")
+    for name, level in (("accelerate", "WARNING"), ("accelerate.utils.other", "ERROR")):  # each file of a resume point
+        logging.getLogger(name).setLevel(level)
     set_seed(seed)
     return accelerator
 
@@ -110,6 +125,8 @@ def load_model(name, from_config=False, gradient_checkpointing=False):
     from transformers.utils import logging
     logging.disable_progress_bar()  # of the single files; stages show their own
     directory = resolve_model(name)
+    if not from_config:
+        check_weights(directory)
     try:
         if from_config:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
@@ -120,6 +137,16 @@ def load_model(name, from_config=False, gradient_checkpointing=False):
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def vocabulary_size(name):
+    """Number of tokens of a model, from its configuration alone."""
+    from transformers import AutoConfig
+    directory = resolve_model(name)
+    try:
+        return AutoConfig.from_pretrained(directory).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        raise StageError(f"model {directory} does not load: {str(error).splitlines()[0]}") from None
 
 
 def batch_logps(model, batch):
@@ -151,10 +178,37 @@ def local_batches(indices, size, accelerator):
         yield (batches[mine], True) if mine < len(batches) else (batches[0], False)
 
 
+# ---------------------------------------------------------------------------------------------- files
+
+def move_directory(source, target):
+    """Rename a directory, for good, in place of what `target` was."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def publish(temporary, target):
+    """Give a directory that was written its name, once all of it is on disk with the usual permissions (safetensors
+    leaves its files to their owner alone)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [*temporary.rglob("*"), temporary]:
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+        sync(path)
+    move_directory(temporary, target)
+
+
 # ---------------------------------------------------------------------------------------------- training
 
+# Settings with which an unfinished run may go on although they differ. The contents of the four paths are compared
+# instead, except the tokenizer's.
+MAY_CHANGE = {"output", "micro_batch_size", "gradient_checkpointing", "save_steps", "start_tolerance",
+              "model", "tokenizer", "input", "validation"}
+
+
 def train(compute_loss, config, dataset_class, **method):
-    """Train `config.model` and write a checkpoint directory.
+    """Train `config.model` and write a checkpoint directory; go on where an unfinished run has left a resume point.
 
     Args:
         compute_loss: (logps, batch) -> losses (N,). `logps` are the summed response log-probabilities of the
@@ -164,14 +218,14 @@ def train(compute_loss, config, dataset_class, **method):
         dataset_class: data_utils.PairDataset or ChatDataset
         method: the loss and its hyperparameters, to be recorded in training.json
 
-    Raises StageError for bad data, a loss that is not finite (with the batch's prompt ids), or stored
-    log-probabilities that are not this model's.
+    Raises StageError for bad data, a loss that is not finite (with the batch's prompt ids), stored
+    log-probabilities that are not this model's, an unfinished run with other settings, or a full disk.
     """
     Trainer(compute_loss, config, dataset_class, method).run()
 
 
 def check_output(config):
-    """Raise StageError unless --output is new or what an unfinished run left: it will be replaced."""
+    """Raise StageError unless --output is new or what an unfinished run left: that will go on or be replaced."""
     output = Path(config.output)
     if (output / "DONE").exists():
         raise StageError(f"{output} is complete (it has a DONE marker); remove it or choose another --output")
@@ -193,25 +247,33 @@ class Trainer:
         check_output(config)
         for path in filter(None, (config.input, config.validation)):
             check_input(path)
-        tokenizer = load_tokenizer(config.model, config.tokenizer)
+        self.tokenizer = load_tokenizer(config.model, config.tokenizer)
         self.accelerator = start_accelerator(config.seed)
-        model = load_model(config.model, config.from_config, config.gradient_checkpointing)
-        vocab_size = model.get_input_embeddings().num_embeddings
-        load = lambda path: dataset_class(path, tokenizer, config.max_length, vocab_size)  # noqa: E731
+        self.made_with = self.what_the_result_depends_on()
+        resumed = self.find_resume_point()
+        vocab_size = vocabulary_size(config.model)
+        load = lambda path: dataset_class(path, self.tokenizer, config.max_length, vocab_size)  # noqa: E731
         self.data, self.validation = load(config.input), load(config.validation) if config.validation else None
-        self.tokenizer = tokenizer
+        model = load_model(config.model, config.from_config, config.gradient_checkpointing)
         # Tied weights are one parameter with two names in a state dict; the file should hold it once.
         self.tied = list(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else []
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.steps_per_epoch = math.ceil(len(self.data) / config.global_batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
-        self.best = {"step": 0, "validation_loss": math.inf}
+        self.start_step = 0
+        self.best = None  # {"step", "validation_loss"}
         self.first_loss = None  # of methods without stored log-probabilities
-        if self.accelerator.is_main_process:
-            if self.output.exists():  # what a run left that did not finish
-                shutil.rmtree(self.output)
-            self.output.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()  # all have seen what is there
+        if resumed:
+            self.resume(resumed)
+        elif self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for path in self.output.iterdir():  # what a run left that did not finish
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "metrics.jsonl":  # by which `check_output` knows the directory
+                    path.unlink()
             self.metrics_file = open(self.output / "metrics.jsonl", "w", encoding="utf-8")
         self.describe()
 
@@ -233,23 +295,97 @@ class Trainer:
         if accelerator.is_main_process:
             write_text(self.output / "training.json", json.dumps(self.settings | versions, indent=2) + "\n")
 
+    def what_the_result_depends_on(self):
+        """Settings and fingerprints of all files, as JSON has them."""
+        config = self.config
+        made_with = {name: value for name, value in self.settings.items() if name not in MAY_CHANGE}
+        made_with["precision"] = self.accelerator.mixed_precision
+        made_with["launched"] = self.accelerator.distributed_type.value
+        for name, path in (("input", config.input), ("validation", config.validation)):
+            if path:
+                made_with[f"contents of --{name}"] = fingerprint(path)
+        return made_with | {"contents of --model": model_fingerprint(resolve_model(config.model))}
+
+    def resume_points(self):
+        """{step: the file that is written last} of the complete resume points."""
+        return {int(path.parent.name.removeprefix("resume-")): path
+                for path in self.output.glob("resume-*/progress.json")}
+
+    def find_resume_point(self):
+        """What the newest resume point recorded, or None. Raises StageError where this run cannot go on there."""
+        points = self.resume_points()
+        if not points:
+            return None
+        progress = json.loads(points[max(points)].read_text())
+        check_made_with(self.output, "an unfinished run", progress["made_with"], self.made_with)
+        return progress
+
+    def resume(self, progress):
+        """Go back to a resume point, in the directory too."""
+        self.start_step, self.best, self.first_loss = (progress[name] for name in ("step", "best", "first_loss"))
+        if self.accelerator.is_main_process:
+            if self.selects_best and self.best and not self.best_weights().exists():
+                move_directory(self.output / "model", self.best_weights())  # it was about to finish
+            self.tidy(self.start_step)
+            end = 0
+            with open(self.output / "metrics.jsonl", "r+b") as file:
+                for line in file:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > self.start_step:
+                        break
+                    end += len(line)
+                file.truncate(end)
+            self.metrics_file = open(self.output / "metrics.jsonl", "a", encoding="utf-8")
+        self.accelerator.load_state(self.output / f"resume-{self.start_step}")
+        log.info("resuming after step %d of %d", self.start_step, self.total_steps)
+
+    @property
+    def selects_best(self):
+        return self.validation is not None and self.config.select == "best"
+
+    def best_weights(self):
+        return self.output / f"best-{self.best['step']}"
+
+    def tidy(self, step=None):
+        """Remove what is temporary, the resume points but that of `step`, and all weights that are not the best."""
+        keep = {f"resume-{step}"} | ({self.best_weights().name} if self.best else set())
+        for pattern in ("*.tmp", "resume-*", "best-*"):  # in this order: a resume point needs its best weights
+            for path in self.output.glob(pattern):
+                if path.is_file():
+                    path.unlink()
+                elif path.name not in keep:
+                    (path / "progress.json").unlink(missing_ok=True)  # first: half a resume point is none
+                    shutil.rmtree(path)
+
     def run(self):
         self.started = time.monotonic()
-        for step in range(self.total_steps):
+        for step in range(self.start_step, self.total_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             size = self.config.global_batch_size
             self.update(step, self.order(epoch)[position * size:(position + 1) * size])
             done = step + 1
+            improved = False
             if self.validation and (position + 1 == self.steps_per_epoch or done % self.config.eval_steps == 0):
-                self.validate(done)
-        if not self.validation or self.config.select == "last":
+                improved = self.validate(done) and self.selects_best
+            if improved:
+                self.save(self.best_weights().name)
+            if self.config.save_steps:
+                # The best weights need a resume point that knows them.
+                if done < self.total_steps and (improved or done % self.config.save_steps == 0):
+                    self.save_resume_point(done)
+            elif improved and self.accelerator.is_main_process:
+                self.tidy()
+        if not self.selects_best:
             self.save("model")
         if self.config.keep_last:
             self.save("last")
         if self.accelerator.is_main_process:
             self.metrics_file.close()
+            if self.selects_best:
+                move_directory(self.best_weights(), self.output / "model")
             summary = {"updates": self.total_steps} | ({"best": self.best} if self.validation else {})
             write_text(self.output / "DONE", dump_json(summary) + "\n")
+            sync(self.output)
+            self.tidy()
             log.info("%s complete: %s", self.output, dump_json(summary))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -287,7 +423,7 @@ class Trainer:
         now = time.monotonic()
         metrics["learning_rate"] = rate
         metrics["tokens_per_s"] = metrics.pop("tokens") / (now - began)
-        remaining = (now - self.started) / (step + 1) * (self.total_steps - step - 1)
+        remaining = (now - self.started) / (step + 1 - self.start_step) * (self.total_steps - step - 1)
         self.report(step + 1, metrics, remaining)
 
     def run_batch(self, dataset, indices, backward):
@@ -378,7 +514,7 @@ class Trainer:
         print(" | ".join(parts), flush=True)
 
     def validate(self, step):
-        """Mean loss over the validation data; the weights are saved when it is the lowest so far."""
+        """Report the mean loss over the validation data; return whether it is the lowest so far."""
         self.model.eval()
         began = time.monotonic()
         metrics = self.run_batch(self.validation, list(range(len(self.validation))), backward=False)
@@ -386,7 +522,7 @@ class Trainer:
         metrics["tokens_per_s"] = metrics.pop("tokens") / (time.monotonic() - began)
         if not math.isfinite(metrics["loss"]):
             raise StageError(f"validation loss {metrics['loss']} after step {step}")
-        best = metrics["loss"] < self.best["validation_loss"]
+        best = self.best is None or metrics["loss"] < self.best["validation_loss"]
         if self.accelerator.is_main_process:
             self.metrics_file.write(dump_json({"step": step} | {f"validation_{k}": v for k, v in metrics.items()}) + "\n")
             self.metrics_file.flush()
@@ -394,20 +530,49 @@ class Trainer:
                   + " | lowest so far" * best, flush=True)
         if best:
             self.best = {"step": step, "validation_loss": metrics["loss"]}
-            if self.config.select == "best":
-                self.save("model")
+        return best
 
     def save(self, name):
         """Write weights, config and tokenizer to output/name, complete or not at all."""
-        accelerator, target = self.accelerator, self.output / name
-        state = accelerator.get_state_dict(self.model)
-        if accelerator.is_main_process:
-            temporary = self.output / f"{name}.tmp"
+        state = self.accelerator.get_state_dict(self.model)
+        with self.saving(name) as temporary:
+            if self.accelerator.is_main_process:
+                model = self.accelerator.unwrap_model(self.model)
+                model.save_pretrained(temporary, state_dict={k: v for k, v in state.items() if k not in self.tied})
+                self.tokenizer.save_pretrained(temporary)
+
+    def save_resume_point(self, step):
+        """Write all that is needed to go on behind `step` to output/resume-STEP, then remove what was needed before."""
+        with self.saving(f"resume-{step}") as temporary:
+            self.accelerator.save_state(temporary)
+            if self.accelerator.is_main_process:
+                sync(self.output / "metrics.jsonl")
+                progress = {"step": step, "best": self.best, "first_loss": self.first_loss, "made_with": self.made_with}
+                (temporary / "progress.json").write_text(dump_json(progress) + "\n", encoding="utf-8")
+        if self.accelerator.is_main_process:
+            self.tidy(step)
+
+    @contextlib.contextmanager
+    def saving(self, name):
+        """A temporary directory that becomes output/name when all processes have ended the block.
+
+        Raises StageError when it cannot be written, most likely for want of space.
+        """
+        from safetensors import SafetensorError
+        from torch.distributed.checkpoint.api import CheckpointException
+        temporary = self.output / f"{name.partition('-')[0]}.tmp"
+        try:
+            yield temporary
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                publish(temporary, self.output / name)
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            if isinstance(error, CheckpointException):
+                error = next(iter(error.failures.values()))[0]
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            free = shutil.disk_usage(self.output).free / 2**20
             shutil.rmtree(temporary, ignore_errors=True)
-            model = accelerator.unwrap_model(self.model)
-            state = {key: value for key, value in state.items() if key not in self.tied}
-            model.save_pretrained(temporary, state_dict=state)
-            self.tokenizer.save_pretrained(temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-        accelerator.wait_for_everyone()
+            kept = max(self.resume_points(), default=0)
+            raise StageError(f"{self.output / name} could not be saved: {reason} ({free:,.1f} MiB free there); free some "
+                             f"space and start again: all up to update {kept} is kept") from None
+        self.accelerator.wait_for_everyone()

@@ -68,6 +68,26 @@ def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, caps
 
 # ---------------------------------------------------------------------------------------------- FSDP 2
 
+# inpo.py, ended in both processes before the fourth update.
+STOPPED = """
+import runpy
+import train_utils
+from utils import StageError
+
+class Trainer(train_utils.Trainer):
+    def update(self, step, indices):
+        if step == 3:
+            raise StageError("stopped")
+        super().update(step, indices)
+
+original, train_utils.Trainer = train_utils.Trainer, Trainer
+try:
+    runpy.run_path("inpo.py", run_name="__main__")
+finally:
+    train_utils.Trainer = original
+"""
+
+
 @pytest.fixture(scope="module")
 def fsdp(setting, outputs):
     """All runs under FSDP 2, in one launch: for each its `output` and `report` (see fsdp_on_cpu.py), and all that was
@@ -95,6 +115,13 @@ def fsdp(setting, outputs):
     job("logprobs_bf16", "get_logprobs.py", logprobs, precision="bf16")
     job("bf16", "inpo.py", flags(setting, input=bf16_data, validation=bf16_data, micro_batch_size=1), precision="bf16")
     job("resume", "resume", flags(setting), [outputs / "state"], state="SHARDED_STATE_DICT")
+    stopped = outputs / "stopped.py"
+    stopped.write_text(STOPPED)
+    for select in ("best", "last"):
+        for name, script, save_steps in ((f"whole_{select}", "inpo.py", 0), (f"stopped_{select}", stopped, 1)):
+            job(name, script, flags(setting, select=select, save_steps=save_steps))
+        job(f"resumed_{select}", "inpo.py", flags(setting, select=select, save_steps=1))
+        jobs[-1]["argv"][-1] = outputs / f"stopped_{select}"
     job("untied", "mle.py", dict(model=untied_model, input=chats, global_batch_size=8, num_epochs=1, learning_rate=3e-5))
     job("random", "mle.py", dict(model=setting.config, from_config=True, input=chats, global_batch_size=11, num_epochs=1))
     job("refused", "inpo.py", flags(setting, input=one_off, global_batch_size=11))
@@ -180,6 +207,18 @@ def test_fsdp_saves_and_loads_sharded_state(fsdp, outputs):
     assert len(list((outputs / "state/optimizer_0").glob("*.distcp"))) == 2
     whole, resumed = (column(output, "loss") for output in (fsdp.resume.output, outputs / "resume-resumed"))
     assert resumed == whole[2:] and len(resumed) == 2  # bit for bit
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(fsdp, outputs, select):
+    whole, stopped, resumed = (getattr(fsdp, f"{name}_{select}") for name in ("whole", "stopped", "resumed"))
+    assert stopped.report["exit_codes"] == [1, 1] and resumed.report["exit_codes"] == [0, 0]
+    assert fsdp.printed.count("resuming after step 3 of 4") == 2
+    for name in ("step", "loss", "grad_norm", "kl_last", "validation_loss"):
+        assert column(stopped.output, name) == column(whole.output, name), name
+    first, second = ((run.output / "model/model.safetensors").read_bytes() for run in (stopped, whole))
+    assert first == second
+    assert {path.name for path in stopped.output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json"}
 
 
 def test_fsdp_refuses_in_all_processes_what_one_of_them_has_seen(fsdp):

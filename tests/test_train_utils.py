@@ -8,7 +8,12 @@ Tolerance in float32: losses and gradient norms of computations that differ in b
 
 import json
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -23,9 +28,9 @@ import ipo
 import mle
 from data_utils import encode_chat, encode_text, end_token_id
 from train_utils import Trainer, local_batches
-from training_fixtures import (LOGP_FIELDS, column, launch, load, make_pairs, plain_logp, plain_logps, read,  # noqa: F401
-                               relative_difference, save_model, setting_fixture, single_process_fixture, words, write)
-from utils import StageError
+from training_fixtures import (LOGP_FIELDS, ROOT, column, launch, load, make_pairs, plain_logp, plain_logps,  # noqa: F401
+                               read, relative_difference, save_model, setting_fixture, single_process_fixture, words, write)
+from utils import StageError, model_fingerprint
 
 # The margin's target is 25 nats, which the few small steps of a test do not reach: near it the loss would be a small
 # difference of large numbers.
@@ -255,6 +260,215 @@ def test_first_loss_of_every_method_by_hand(train, setting, method, soft):
     assert abs(column(output, "normalised_loss")[0] - 1) < FLOAT32
 
 
+# ---------------------------------------------------------------------------------------------- stopped and resumed
+
+# Eight updates of six and five pairs; a resume point behind each third one, a validation behind each second one.
+RESUMED = dict(eta=ETA, tau_eta_ratio=R, global_batch_size=6, micro_batch_size=3, num_epochs=4, learning_rate=3e-5,
+               max_grad_norm=1.0, save_steps=3)
+LINES = 12  # of metrics.jsonl: 8 updates, 4 validations
+FILES = {"model", "DONE", "metrics.jsonl", "training.json"}
+
+
+def start(output, **flags):
+    """inpo.py in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    return subprocess.Popen([sys.executable, "inpo.py", *words(**(RESUMED | flags | {"output": output}))], cwd=ROOT,
+                            env=environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(output, **flags):
+    """Exit code and all that was printed by inpo.py."""
+    process = start(output, **flags)
+    printed = process.communicate(timeout=240)[0]
+    return process.returncode, printed
+
+
+def kill_at(line, output, **flags):
+    """SIGKILL inpo.py as soon as metrics.jsonl has so many lines and there is a resume point."""
+    process = start(output, **flags)
+    metrics = output / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= line and list(output.glob("resume-*/progress.json"))):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (output / "DONE").exists()
+
+
+def check_same_result(output, expected):
+    """Equal to the last bit, and nothing is left."""
+    weights = [(directory / "model/model.safetensors").read_bytes() for directory in (output, expected)]
+    assert weights[0] == weights[1]
+    metrics = [[{name: value for name, value in record.items() if not name.endswith("tokens_per_s")}
+                for record in read(directory / "metrics.jsonl")] for directory in (output, expected)]
+    assert metrics[0] == metrics[1] and len(metrics[0]) == LINES
+    assert (output / "DONE").read_text() == (expected / "DONE").read_text()
+    assert {path.name for path in output.iterdir()} == FILES
+
+
+@pytest.fixture(scope="module")
+def undisturbed(setting, tmp_path_factory):
+    """Runs that nothing stopped, without resume points: their `flags` and `output`. The validation loss of `best` and
+    `last` falls, that of `swapped` rises."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    swapped = write(directory / "swapped.jsonl", [swap(record) for record in setting.records])
+    runs = {}
+    for name, select, validation in (("best", "best", setting.data), ("swapped", "best", swapped),
+                                     ("last", "last", setting.data)):
+        flags = dict(model=setting.policy, input=setting.data, validation=validation, select=select)
+        code, printed = finish(directory / name, **(flags | {"save_steps": 0}))
+        assert code == 0, printed
+        runs[name] = SimpleNamespace(flags=flags, output=directory / name)
+    return runs
+
+
+@pytest.mark.parametrize("name, line", [("best", 5), ("last", LINES - 1)])
+def test_a_killed_run_goes_on_to_the_same_bits(undisturbed, tmp_path, name, line):
+    run, output = undisturbed[name], tmp_path / "ckpt"
+    kill_at(line, output, **run.flags)
+    newest = max(int(path.parent.name[7:]) for path in output.glob("resume-*/progress.json"))
+    code, printed = finish(output, **run.flags)
+    assert code == 0, printed
+    assert f"resuming after step {newest} of 8" in printed and f"step {newest + 1}/8" in printed
+    assert f"step {newest}/8" not in printed and "untouched policy" not in printed
+    check_same_result(output, run.output)
+    assert (output / "model/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.fixture
+def stopped(train, monkeypatch):
+    """A function that trains in this process as `undisturbed` did and is stopped where `method` would run for the n-th time."""
+    def run(method, count=1, **flags):
+        calls, original = [], getattr(Trainer, method)
+
+        def stop(self, *args):
+            calls.append(0)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return original(self, *args)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, method, stop)
+            train(**(RESUMED | flags))
+    return run
+
+
+@pytest.mark.parametrize("name", ["best", "swapped"])
+@pytest.mark.parametrize("method, count", [("save_resume_point", 2), ("tidy", 2), ("update", 6)])
+def test_a_stop_between_any_two_files_is_mended(undisturbed, train, stopped, tmp_path, name, method, count):
+    # Before the resume point that would know the newest best weights; before what it replaces is removed; and between two.
+    run = undisturbed[name]
+    stopped(method, count, **run.flags)
+    assert list((tmp_path / "ckpt").glob("best-*")) and not (tmp_path / "ckpt/DONE").exists()
+    (tmp_path / "ckpt/resume.tmp").mkdir()
+    (tmp_path / "ckpt/training.json.tmp").write_text("{")
+    with open(tmp_path / "ckpt/metrics.jsonl", "a") as file:
+        file.write('{"step": 9')  # a line that was being written
+    check_same_result(train(**(RESUMED | run.flags)), run.output)
+
+
+@pytest.mark.parametrize("name", ["best", "swapped", "last"])
+def test_a_stop_between_the_weights_and_the_marker_is_mended(undisturbed, train, monkeypatch, tmp_path, name):
+    run = undisturbed[name]
+
+    def stop(path, text):
+        if path.name == "DONE":
+            raise KeyboardInterrupt
+        path.write_text(text)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train_utils.write_text", stop)
+        train(**(RESUMED | run.flags))
+    left = {path.name for path in (tmp_path / "ckpt").iterdir()}
+    assert "model" in left and "DONE" not in left and any(name.startswith("resume-") for name in left)
+    check_same_result(train(**(RESUMED | run.flags)), run.output)
+
+
+def test_only_the_newest_resume_point_and_the_best_weights_are_kept(undisturbed, stopped, tmp_path):
+    stopped("update", 8, **undisturbed["swapped"].flags)
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"resume-6", "best-2", "metrics.jsonl", "training.json"}
+
+
+def test_without_resume_points_training_begins_again(undisturbed, train, stopped, tmp_path):
+    run = undisturbed["best"]
+    stopped("update", 6, **(run.flags | {"save_steps": 0}))
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"best-4", "metrics.jsonl", "training.json"}
+    check_same_result(train(**(RESUMED | run.flags | {"save_steps": 0})), run.output)
+
+
+def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(undisturbed, train, stopped, setting, tmp_path):
+    flags = undisturbed["last"].flags
+    data = write(tmp_path / "data.jsonl", setting.records)
+    stopped("update", 5, **(flags | {"input": data}))
+    before = {path.name for path in (tmp_path / "ckpt").iterdir()}
+    again = RESUMED | flags | {"input": data}
+    message = r"unfinished run with other settings \(learning_rate: 3e-05 then, 2e-05 now\); use those again, or remove it"
+    with pytest.raises(StageError, match=message):
+        train(**(again | {"learning_rate": 2e-5}))
+    with pytest.raises(StageError, match=r"other settings \(eta: .*; contents of --model: \w{16} then, \w{16} now\)"):
+        train(**(again | {"model": setting.reference, "eta": 0.03}))
+    write(data, setting.records[::-1])
+    with pytest.raises(StageError, match=r"other settings \(contents of --input: \w{16} then, \w{16} now\)"):
+        train(**again)
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == before
+    # The same contents elsewhere, and settings that the result does not depend on.
+    moved = write(tmp_path / "moved.jsonl", setting.records)
+    train(**(again | {"input": moved, "micro_batch_size": 2, "save_steps": 0, "gradient_checkpointing": True}))
+    assert column(tmp_path / "ckpt", "step")[-1] == 8
+
+
+def test_model_fingerprint_sees_config_sizes_and_weights(setting, tmp_path):
+    model = tmp_path / "model"
+    load(setting.policy).save_pretrained(model)
+    weights, config = model / "model.safetensors", model / "config.json"
+    fingerprints = [model_fingerprint(model)]
+    data = weights.read_bytes()
+    for changed in (data[:-1] + bytes([data[-1] ^ 1]), data + b"0"):
+        weights.write_bytes(changed)
+        fingerprints.append(model_fingerprint(model))
+    config.write_text(config.read_text() + " ")
+    assert len({*fingerprints, model_fingerprint(model)}) == 4
+    weights.write_bytes(data)
+    config.write_text(config.read_text()[:-1])
+    assert model_fingerprint(model) == fingerprints[0]
+
+
+# A file system of a few megabytes, in a mount namespace of its own. $1: the directory, $2: its size in KiB; then inpo.py's
+# command. The first run fills it up; the second one has space.
+FULL_DISK = """
+mount -t tmpfs -o size=$2k none "$1" || exit 77
+directory=$1; shift 2
+"$@"; echo "first exit code $?:" $(ls "$directory/ckpt")
+mount -o remount,size=100m "$directory" || exit 77
+"$@"; echo "second exit code $?"
+cp -r "$directory/ckpt" "$directory-result"
+"""
+
+
+def test_a_full_disk_is_a_message_and_the_run_goes_on_later(undisturbed, tmp_path):
+    run, disk = undisturbed["swapped"], tmp_path / "disk"
+    disk.mkdir()
+    size = (run.output / "model/model.safetensors").stat().st_size // 1024
+    # The best weights and one resume point (weights and the optimiser's two averages) fit, a second one does not.
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["unshare", "-m", "bash", "-c", FULL_DISK, "bash", disk, str(size * 6 + 200), sys.executable,
+                           "inpo.py", *words(**(RESUMED | run.flags | {"output": disk / "ckpt"}))],
+                          cwd=ROOT, env=environment, text=True, timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if "unshare failed" in done.stdout or done.returncode == 77:
+        pytest.skip("may not mount a small file system")
+    first, second = done.stdout.split("first exit code ")
+    assert "resume-3 could not be saved: " in first and "MiB free there); free some space and start again: " in first
+    assert "all up to update 2 is kept" in first and "Traceback" not in first
+    assert second.startswith("1: best-2 metrics.jsonl resume-2 training.json\n")
+    assert "resuming after step 2 of 8" in second and "second exit code 0" in second
+    check_same_result(tmp_path / "disk-result", run.output)
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
 
 def test_data_of_another_model_is_refused(train, setting):
@@ -313,6 +527,7 @@ def test_an_output_that_holds_other_things_is_never_replaced(train, setting, tmp
 
 @pytest.mark.parametrize("flags, message", [
     ({"learning_rate": 0}, "--learning_rate should be greater than 0"), ({"warmup_ratio": 1.5}, "--warmup_ratio"),
+    ({"save_steps": -1}, "--save_steps should not be negative"),
     ({"select": "first"}, "--select should be best or last"), ({"eta": 0}, "--eta should be greater than 0"),
     ({"tau_eta_ratio": 2}, "--tau_eta_ratio"), ({"input": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
     ({"max_length": 30}, "exceed --max_length 30")])
@@ -354,7 +569,7 @@ def test_mle_from_config_starts_from_random_weights_of_the_seed(train, setting, 
     runs = [column(train(mle.main, output=f"run{n}", seed=seed, **flags), "loss") for n, seed in enumerate((0, 0, 1))]
     assert runs[0][0] == pytest.approx(math.log(664), abs=0.2)  # nearly uniform over the vocabulary; measured: 0.08
     assert runs[0] == runs[1] != runs[2]
-    with pytest.raises(StageError, match="does not load"):  # without the flag weights are never made up
+    with pytest.raises(StageError, match="no weights"):  # without the flag weights are never made up
         train(mle.main, output="no", **(flags | {"from_config": False}))
 
 
@@ -416,8 +631,34 @@ def test_get_logprobs_tokenises_pairs_from_elsewhere(single_process, setting, tm
     assert abs(column(output, "normalised_loss")[0] - 1) < 1e-6
 
 
+def test_get_logprobs_goes_on_where_it_was_stopped(single_process, setting, tmp_path, monkeypatch):
+    """Stopped in the second model, in the middle of a batch of two that is torn on disk."""
+    expected, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    logprobs(single_process, setting, expected, batch_size=2)
+    seen, plain = [], get_logprobs.batch_logps
+
+    def stopping(model, batch):
+        seen.append(batch["prompt_ids"])
+        if len(seen) == 10:
+            raise KeyboardInterrupt
+        return plain(model, batch)
+    monkeypatch.setattr(get_logprobs, "batch_logps", stopping)
+    monkeypatch.setattr(get_logprobs, "GATHER_EVERY", 1)
+    with pytest.raises(KeyboardInterrupt):
+        logprobs(single_process, setting, output, batch_size=2)
+    kept = tmp_path / "out.jsonl.ref.partial"
+    assert not output.exists() and len(read(tmp_path / "out.jsonl.last.partial")) == 12 and len(read(kept)) == 7
+    kept.write_bytes(kept.read_bytes()[:-20])  # of the third batch one pair is torn, so both are computed again
+    del seen[:]
+    monkeypatch.setattr(get_logprobs, "batch_logps", lambda model, batch: seen.append(batch["prompt_ids"]) or plain(model, batch))
+    logprobs(single_process, setting, output, batch_size=2)
+    assert seen == [["p4", "p5"], ["p6", "p7"], ["p8", "p9"], ["p10"]]
+    assert output.read_bytes() == expected.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+
+
 def test_get_logprobs_writes_nothing_where_a_value_is_not_finite(single_process, setting, tmp_path):
-    with pytest.raises(StageError, match="no finite log-probability for 11 of 11 pairs, first p0, p1"):
+    with pytest.raises(StageError, match="no finite log-probability for prompt_id p0, p1"):
         logprobs(single_process, setting, tmp_path / "out/data.jsonl", reference=broken_model(setting, tmp_path / "broken"))
     assert not (tmp_path / "out/data.jsonl").exists()
 
