@@ -21,6 +21,7 @@ NAME=${NAME:-$METHOD}        # results go to exps/NAME
 ROUNDS=${ROUNDS:-7}          # passes over the prompts; one round is SPLITS iterations (ipo, dpo: one iteration)
 SPLITS=${SPLITS:-6}          # train_0 .. train_5 in PROMPTS_DIR
 SEED=${SEED:-0}
+FROM=${FROM:-}               # exps/OTHER/iterN: a fork, which begins behind that iteration, with its policy and reference
 
 # Models: local directories or Hub ids
 MODEL=${MODEL:-yale-nlp/comal-qwen2-1.5b-mle}           # the start policy
@@ -67,6 +68,10 @@ EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-0.7}
 # Machine
 GPUS=${GPUS:-auto}                                      # auto, none, or physical numbers: 0,2,3
 GPUS_PER_WORKER=${GPUS_PER_WORKER:-1}                   # GPUs that share one vLLM engine (tensor parallel)
+ON_ERROR=${ON_ERROR:-fail}                              # a record that kills its workers: fail, or skip and list it
+STALL_TIMEOUT=${STALL_TIMEOUT:-1800}                    # seconds without progress until a worker is replaced; 0: never
+SAVE_STEPS=${SAVE_STEPS:-200}                           # updates between points where training can go on; 0: none
+KEEP_CKPTS=${KEEP_CKPTS:-all}                           # all, rounds (each round's last), last (what is still needed)
 # ------------------------------------------------------------------------------------------------ end of settings
 
 method_settings() {
@@ -89,7 +94,7 @@ method_settings() {
 # The settings that results depend on. exps/NAME/run.json keeps them, and a restart with others is refused.
 PINNED=(METHOD SPLITS SEED MODEL TOKENIZER JUDGE TEMPLATE PROMPTS_DIR EVAL_PROMPTS ETA TAU_ETA_RATIO UPDATE_INTERVAL BETA
   PAIR_RULE SOFT_LABELS NUM_SAMPLES TEMPERATURE TOP_P MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS LEARNING_RATE
-  WARMUP_RATIO NUM_EPOCHS GLOBAL_BATCH_SIZE MAX_LENGTH MAX_GRAD_NORM SELECT EVAL_TEMPERATURE)
+  WARMUP_RATIO NUM_EPOCHS GLOBAL_BATCH_SIZE MAX_LENGTH MAX_GRAD_NORM SELECT EVAL_TEMPERATURE FROM)
 
 check_values() {  # everything that can be known to be wrong before hours of work
   one_of RECIPE demo full
@@ -98,21 +103,35 @@ check_values() {  # everything that can be known to be wrong before hours of wor
   one_of SELECT best last
   one_of SOFT_LABELS true false
   one_of GRADIENT_CHECKPOINTING true false
+  one_of ON_ERROR fail skip
+  one_of KEEP_CKPTS all rounds last
   whole 1 ROUNDS SPLITS MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS NUM_EPOCHS GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE \
     MAX_LENGTH EVAL_EVERY GPUS_PER_WORKER
   whole 2 NUM_SAMPLES
-  whole 0 SEED ${UPDATE_INTERVAL:+UPDATE_INTERVAL}
+  whole 0 SEED STALL_TIMEOUT SAVE_STEPS ${UPDATE_INTERVAL:+UPDATE_INTERVAL}
   number TAU_ETA_RATIO BETA TEMPERATURE TOP_P LEARNING_RATE WARMUP_RATIO MAX_GRAD_NORM EVAL_TEMPERATURE
   [[ -z $ETA || ,$ETA =~ ^(,$number)+$ ]] || die "ETA=$ETA should be a number, or one a round, comma-separated"
+  positive LEARNING_RATE BETA TOP_P
+  at_most_one TOP_P WARMUP_RATIO
+  local value
+  for value in ${ETA//,/ }; do
+    [[ $METHOD == *dpo || ${value%%e*} =~ [1-9] ]] || die "ETA=$ETA should be greater than 0"
+  done
 }
 
 number='[0-9]*\.?[0-9]+(e-?[0-9]+)?'
 one_of() { [[ " ${*:2} " == *" ${!1} "* ]] || die "$1=${!1} is unknown; choose one of: ${*:2}"; }
 whole() { local n; for n in "${@:2}"; do [[ ${!n} =~ ^[0-9]+$ ]] && ((10#${!n} >= $1)) || die "$n=${!n} should be a whole number, at least $1"; done; }
 number() { local n; for n in "$@"; do [[ ${!n} =~ ^$number$ ]] || die "$n=${!n} should be a number, 0 or more"; done; }
+positive() { local n v; for n in "$@"; do v=${!n}; [[ ${v%%e*} =~ [1-9] ]] || die "$n=$v should be greater than 0"; done; }
+at_most_one() {
+  local n
+  for n in "$@"; do awk -v x="${!n}" 'BEGIN { exit !(x <= 1) }' || die "$n=${!n} should be at most 1"; done
+}
 
 check_files() {  # the models' names and the prompts, once `prepare` has made what it makes
-  local name file files=("$PROMPTS_DIR/test.jsonl" "$EVAL_PROMPTS" "$TEMPLATE")
+  local name file
+  files=("$PROMPTS_DIR/test.jsonl" "$EVAL_PROMPTS" "$TEMPLATE")
   for name in MODEL JUDGE; do
     [[ -e ${!name} || ${!name} =~ ^[^./][^/]*/[^/]+$ ]] || die "$name=${!name}: no such directory, and no Hub id (owner/name)"
   done
@@ -130,18 +149,21 @@ check_files() {  # the models' names and the prompts, once `prepare` has made wh
 
 prepare() {  # prompts and, in the demo, the two models
   if [[ $RECIPE == demo ]]; then
+    one_builder "$DEMO_MODELS" "$DEMO_MODELS"/{policy,judge}/DONE
     stage demo_models "$DEMO_MODELS"/{policy,judge}/DONE -- \
       bash data/demo/build.sh "$DEMO_MODELS"
     return
   fi
   # Only the project's own prompt files are made; those of other paths are the user's.
   if [[ $PROMPTS_DIR == data/prompts ]]; then
+    one_builder data/prompts data/prompts/{train,test}.jsonl
     stage make_prompts data/prompts/{train,test}.jsonl -- \
       "$PYTHON" data_processing.py make_prompts \
       --output_dir data/prompts \
       --num_splits "$SPLITS"
   fi
   if [[ $EVAL_PROMPTS == data/prompts/alpaca_eval.jsonl ]]; then
+    one_builder data/prompts "$EVAL_PROMPTS"
     stage eval_prompts "$EVAL_PROMPTS" -- \
       "$PYTHON" eval.py alpaca_eval \
       --output "$EVAL_PROMPTS"
@@ -229,25 +251,35 @@ train() {
     --max_grad_norm "$MAX_GRAD_NORM" \
     --gradient_checkpointing "$GRADIENT_CHECKPOINTING" \
     --select "$SELECT" \
+    --save_steps "$SAVE_STEPS" \
     --seed $((SEED * 1000 + i))
+  [[ -n $plan ]] || rm -rf "$iter"/ckpt/{resume,best}-*
 }
 
-evaluate() {  # win rates of the iterations since the last evaluation, with one start of the judge
-  (((i + 1) % EVAL_EVERY == 0 || i + 1 == iterations)) || return 0
-  stage responses "$(responses "$i")" -- \
+generate() {  # STAGE MODEL OUTPUT SEED: one answer to each evaluation prompt
+  stage "$1" "$3" -- \
     "$PYTHON" eval.py generate \
-    --model "$iter/ckpt" \
+    --model "$2" \
     --tokenizer "$TOKENIZER" \
     --input "$EVAL_PROMPTS" \
-    --output "$(responses "$i")" \
+    --output "$3" \
     --temperature "$EVAL_TEMPERATURE" \
     --top_p "$TOP_P" \
     --max_prompt_tokens "$MAX_PROMPT_TOKENS" \
     --max_new_tokens "$MAX_NEW_TOKENS" \
-    --seed $((SEED * 1000 + i + 1)) \
+    --seed "$4" \
     "${engines[@]}"
+}
+
+evaluate() {  # win rates of the iterations since the last evaluation, with one start of the judge
+  (((i + 1) % EVAL_EVERY == 0 || i + 1 == iterations)) || return 0
+  # A fork has no first iteration that would sample the start policy's answers.
+  if [[ -n $FROM ]] && ((i - first < EVAL_EVERY)); then
+    generate start_responses "$MODEL" "$(responses -1)" $((SEED * 1000))
+  fi
+  generate responses "$iter/ckpt" "$(responses "$i")" $((SEED * 1000 + i + 1))
   local ours=() theirs=() outputs=() j
-  for ((j = 0; j <= i; j++)); do
+  for ((j = first; j <= i; j++)); do
     [[ -e $exp/iter$j/eval/vs_previous.json ]] && continue
     ours+=("$(responses "$j")" "$(responses "$j")")
     theirs+=("$(responses -1)" "$(responses $((j - 1)))")
@@ -262,6 +294,7 @@ evaluate() {  # win rates of the iterations since the last evaluation, with one 
     --output "$(list "${outputs[@]}")" \
     --max_prompt_tokens "$MAX_JUDGE_TOKENS" \
     "${engines[@]}"
+  [[ -n $plan ]] || rm -f "$exp"/iter*/eval/*.partial
 }
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -271,15 +304,18 @@ main() {
   method_settings
   find_gpus
   exp=exps/$NAME
+  policy=$MODEL reference=$MODEL first=0
+  if [[ -n $FROM ]]; then fork; fi
   describe
+  if [[ -z $plan ]]; then start_guard; fi
   i=none iter=$exp
   prepare
   if [[ -z $plan ]]; then
     check_files
+    lock_experiment
     check_settings
   fi
-  policy=$MODEL reference=$MODEL
-  for ((i = 0; i < iterations; i++)); do
+  for ((i = first; i < iterations; i++)); do
     iter=$exp/iter$i
     sample
     score
@@ -290,11 +326,52 @@ main() {
     evaluate
     if ((UPDATE_INTERVAL && (i + 1) % UPDATE_INTERVAL == 0)); then reference=$policy; fi
     if (((i + 1) % SPLITS == 0)) && [[ -z $plan ]]; then ln -sfn "iter$i/ckpt" "$exp/round$(((i + 1) / SPLITS))"; fi
+    [[ -n $plan ]] || complete
   done
   [[ -z $plan ]] || return 0
-  if [[ $RECIPE == demo ]]; then "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL"; fi
+  if [[ $RECIPE == demo ]]; then demo_table; fi
   echo
   echo "done after $((SECONDS / 60)) min $((SECONDS % 60)) s: $iterations iterations in $exp; the last policy is $policy/model"
+}
+
+fork() {  # begin behind another experiment's iteration: with its policy, its reference and the number after it
+  local role name
+  FROM=${FROM%/}
+  [[ $FROM =~ ^(.+)/iter([0-9]+)$ ]] || die "FROM=$FROM should be an iteration's folder: exps/OTHER/iterN"
+  first=$((BASH_REMATCH[2] + 1))
+  [[ ! ${BASH_REMATCH[1]} -ef $exp ]] || die "FROM=$FROM lies in $exp itself; give the fork another NAME"
+  [[ -e $FROM/next.json ]] || die "FROM=$FROM has no next.json: that iteration is not complete; finish it, or take an earlier one"
+  ((first < iterations)) || die "FROM=$FROM goes on with iteration $first, but there are $iterations (numbered from 0); raise ROUNDS"
+  for role in policy reference; do
+    name=$(sed -nE "s/.*\"$role\": \"([^\"]*)\".*/\1/p" "$FROM/next.json")
+    [[ -e $exp/iter$first/ckpt/DONE || (! -e $name && $name =~ ^[^./][^/]*/[^/]+$) || -n $(weights "$name") ]] ||
+      die "FROM=$FROM: its $role $name has no weights any more (KEEP_CKPTS deletes them); take another iteration"
+    printf -v "$role" %s "$name"
+  done
+}
+
+complete() {  # the iteration is: note what the next one starts from, and delete the checkpoints that nothing needs
+  if [[ ! -e $iter/next.json ]]; then
+    echo "{\"policy\": \"$policy\", \"reference\": \"$reference\"}" >"$iter/next.json.tmp"
+    mv "$iter/next.json.tmp" "$iter/next.json"
+  fi
+  [[ $KEEP_CKPTS != all ]] || return 0
+  local j
+  for ((j = first; j < i; j++)); do
+    [[ $exp/iter$j/ckpt == "$reference" ]] || { [[ $KEEP_CKPTS == rounds ]] && (((j + 1) % SPLITS == 0)); } ||
+      rm -rf "$exp/iter$j/ckpt"/{model,last}
+  done
+}
+
+demo_table() {
+  local checkpoint
+  for checkpoint in "$exp"/iter*/ckpt; do
+    if [[ $KEEP_CKPTS != all || ! -d $checkpoint/model ]]; then
+      echo "comal.sh: the demo's table is left out: it needs every checkpoint, and KEEP_CKPTS=rounds or last deletes some"
+      return
+    fi
+  done
+  "${marked[@]}" "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" 7>&- 8>&- 9>&-
 }
 
 # ------------------------------------------------------------------------------------------------ how stages run
@@ -323,7 +400,7 @@ stage() {
     shift
   done
   shift
-  [[ -n $missing ]] || return 0
+  if [[ -z $missing ]]; then clean "${outputs[@]}"; return; fi
   if [[ -n $plan ]]; then
     printf '\n# %s\n' "$(where "$name")"
     local word
@@ -331,21 +408,96 @@ stage() {
     echo
     return
   fi
+  check_disk
   local log=$iter/logs/$name.log began=$SECONDS code=0
   mkdir -p "$iter/logs"
   echo "=== $(where "$name")  ($((SECONDS / 60)) min so far; log: $log)"
   # In a session of its own, so that stopping it reaches every process that it started.
-  setsid "$@" > >(tee "$log") 2>&1 &
+  setsid "${marked[@]}" "$@" > >(exec tee "$log" 7>&- 8>&- 9>&-) 2>&1 7>&- 8>&- 9>&- &
   running=$!
   wait "$running" || code=$?
   running=
+  ((code == 0)) || sweep
   ((code == 0)) || die "$(where "$name") failed with exit code $code; its output is in $log.
 Nothing after it was run. Once the cause is mended, the same command goes on here; where it is a setting, take another NAME."
   local output
   for output in "${outputs[@]}"; do
     [[ -e $output ]] || die "$(where "$name") ended without an error but did not write $output; see $log"
   done
+  clean "${outputs[@]}"
   echo "=== $name took $((SECONDS - began)) s"
+}
+
+clean() {  # OUTPUT...: a stage killed between its last rename and its end leaves the records that it kept
+  local output
+  [[ -n $plan ]] || for output in "$@"; do rm -f "$output.partial" "$output".*.partial; done
+}
+
+# Descriptors: 7 the guard's pipe, 8 the experiment's lock, 9 the lock for building. No stage inherits them.
+run_id=$(</proc/sys/kernel/random/uuid)
+# vLLM's process titles would overwrite the mark without SPT_NOENV.
+marked=(env "COMAL_RUN=$run_id" SPT_NOENV=1)
+
+sweep() {  # kill what carries this run's mark, whatever session it is in, until a second has passed without any
+  local pids quiet=0
+  for _ in {1..100}; do
+    pids=$(cd /proc && grep -lzxs "COMAL_RUN=$run_id" [0-9]*/environ | cut -d/ -f1) || true
+    if [[ -n $pids ]]; then kill -KILL $pids 2>/dev/null || true; quiet=0; else quiet=$((quiet + 1)); fi
+    ((quiet < 5)) || return 0
+    sleep 0.2
+  done
+}
+
+start_guard() {  # it sees the end of its pipe when comal.sh has ended in whatever way, SIGKILL included
+  exec 7> >(exec setsid bash -c "$(declare -f sweep); cat; run_id=$run_id; sweep" >/dev/null 2>&1 8>&- 9>&-)
+}
+
+lock_experiment() {
+  local code=0
+  mkdir -p "$exp"
+  exec 8>>"$exp/.lock"
+  flock -n -E 9 8 || code=$?
+  ((code != 9)) || die "$exp is in use by another comal.sh (pid $(<"$exp/.lock")); wait for it, or take another NAME"
+  ((code == 0)) || echo "comal.sh: no lock on $exp (flock failed); take care to run it once at a time" >&2
+  echo "$$" >"$exp/.lock"
+  touch -d @0 "$exp/.lock"  # so that a finished experiment, started again, changes no file
+}
+
+one_builder() {  # FOLDER OUTPUT...: wait while another comal.sh makes what is missing
+  [[ -z $plan ]] || return 0
+  local output missing=
+  for output in "${@:2}"; do [[ -e $output ]] || missing=yes; done
+  [[ -n $missing ]] || return 0
+  mkdir -p "$1"
+  exec 9>>"$1/.lock"
+  flock -n 9 && return
+  echo "comal.sh: waiting for the lock on $1, where another comal.sh builds"
+  setsid "${marked[@]}" flock 9 7>&- 8>&- &
+  running=$!
+  wait "$running" || echo "comal.sh: no lock on $1 (flock failed); take care to build it once at a time" >&2
+  running=
+}
+
+weights() {  # MODEL: the weight files of a local directory
+  compgen -G "$1/*.safetensors" || compgen -G "$1/*.bin" || compgen -G "$1/model/*.safetensors" || compgen -G "$1/model/*.bin" || true
+}
+
+disk_checked=
+check_disk() {  # once an iteration, before its first missing stage
+  [[ $i != none && $disk_checked != "$i" ]] || return 0
+  disk_checked=$i
+  local size=0 file config need free mib=$((1024 * 1024))
+  while read -r file; do
+    if [[ -n $file ]]; then size=$((size + $(stat -Lc %s "$file"))) config=$(dirname "$file")/config.json; fi
+  done <<<"$(weights "$policy")"
+  # Checkpoints are float32.
+  if ((size)) && grep -Eqs '"(torch_)?dtype": *"b?float16"' "$config"; then size=$((2 * size)); fi
+  need=$((size > 0 && size < 1024 * mib ? 100 * mib : 1024 * mib))  # the records
+  # The checkpoint and the best one; two resume points while one replaces the other: weights and two moments each.
+  if [[ ! -e $iter/ckpt/DONE ]]; then need=$((need + 2 * size + (SAVE_STEPS > 0 ? 6 * size : 0))); fi
+  free=$(df -Pk "$exp" | sed -nE 's/.* ([0-9]+) +[0-9]+% .*/\1/p') || free=
+  [[ -z $free ]] || ((free * 1024 >= need)) || die "iteration $i needs about $((need / mib)) MiB on the disk of $exp, which has \
+$((free / 1024)) MiB free. Free some; KEEP_CKPTS=last and SAVE_STEPS=0 need less; or make exps a link to a larger disk."
 }
 
 running=
@@ -357,6 +509,7 @@ stop() {  # SIGNAL EXIT_CODE: end the running stage with all its processes
     for _ in {1..50}; do kill -0 -- "-$running" 2>/dev/null || break; sleep 0.1; done
     kill -KILL -- "-$running" 2>/dev/null || true
   fi
+  if [[ -z $plan ]]; then sweep; fi
   echo "comal.sh: stopped; what is complete is kept, the same command goes on from there" >&2
   exit "$2"
 }
@@ -366,7 +519,14 @@ trap 'stop SIGHUP 129' HUP
 trap 'echo "comal.sh: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
 find_gpus() {
-  engines=(--gpus "$GPUS" --gpus_per_worker "$GPUS_PER_WORKER")
+  engines=(--gpus "$GPUS" --gpus_per_worker "$GPUS_PER_WORKER" --on_error "$ON_ERROR" --stall_timeout "$STALL_TIMEOUT")
+  if [[ $GPUS != auto && $GPUS != none && -z $plan ]]; then
+    local gpu listed
+    listed=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd' ') || true
+    for gpu in ${GPUS//,/ }; do
+      [[ " $listed " == *" $gpu "* ]] || die "GPUS=$GPUS names GPU $gpu, but nvidia-smi lists: ${listed:-none}; give numbers from there, auto or none"
+    done
+  fi
   launch=("$PYTHON")
   if ! gpus_present; then
     [[ $RECIPE == demo || -n $plan || $GPUS == none ]] ||
@@ -390,25 +550,40 @@ describe() {
 }
 
 check_settings() {  # write run.json, or compare with the one that is there once samples exist
-  local name lines=() file=$exp/run.json
+  local name lines=() versions=() changed file=$exp/run.json
   for name in "${PINNED[@]}"; do lines+=("  \"$name\": \"${!name}\","); done
-  if [[ -e $file ]] && compgen -G "$exp/iter*/*.samples.jsonl" >/dev/null; then
-    local changed
-    changed=$(diff <(printf '%s\n' "${lines[@]}") <(grep -E "^  \"($(IFS='|'; echo "${PINNED[*]}"))\"" "$file")) || true
-    [[ -z $changed ]] || die "$exp was begun with other settings (<: now, >: $file):
-$(grep '^[<>]' <<<"$changed")
-Give the experiment another NAME, or the settings it was begun with."
+  for name in "${files[@]}"; do lines+=("  \"sha256 $name\": \"$(sha256sum <"$name" | cut -c1-64)\","); done
+  versions=("  \"code\": \"$(sha256sum *.py comal.sh prompts/* | sha256sum | cut -c1-64)\",")
+  packages=$("$PYTHON" -c 'from importlib.metadata import distributions
+for found in distributions(): print(found.metadata["Name"], found.version)')
+  for name in torch transformers vllm accelerate; do versions+=("  \"$name\": \"$(package "$name")\","); done
+  if [[ -e $file ]] && { compgen -G "$exp/iter*/*.samples.jsonl" || compgen -G "$exp/iter*/*.samples.jsonl.partial"; } >/dev/null; then
+    changed=$(differences "$(IFS='|'; echo "${PINNED[*]}")|sha256 [^\"]*" "${lines[@]}")
+    [[ -z $changed ]] || die "$exp was begun with other settings or files (<: now, >: $file):
+$changed
+Give the experiment another NAME, or the settings it was begun with;
+or fork: FROM=$exp/iterN NAME=another bash comal.sh"
+    changed=$(differences "code|torch|transformers|vllm|accelerate" "${versions[@]}")
+    [[ -z $changed ]] || echo "comal.sh: WARNING: $exp was begun with other code or packages (<: now, >: $file), and goes on with these:
+$changed" >&2
     return
   fi
-  mkdir -p "$exp"
   {
     echo "{"
-    printf '%s\n' "${lines[@]}"
+    printf '%s\n' "${lines[@]}" "${versions[@]}"
     echo "  \"commit\": \"$(git describe --always --dirty 2>/dev/null || echo unknown)\","
     echo "  \"started\": \"$(date -u +%FT%TZ)\""
     echo "}"
   } >"$file.tmp"
   mv "$file.tmp" "$file"
+}
+
+differences() {  # NAMES LINE...: what differs between these lines and those of run.json with such names
+  diff <(printf '%s\n' "${@:2}") <(grep -E "^  \"($1)\": " "$exp/run.json") | grep '^[<>]' || true
+}
+
+package() {  # NAME: its version; vLLM's build for the CPU has a name of its own
+  sed -n "s/^$1\(-cpu\)\? //p" <<<"$packages"
 }
 
 plan=
