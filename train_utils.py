@@ -384,7 +384,6 @@ class Trainer:
                 move_directory(self.best_weights(), self.output / "model")
             summary = {"updates": self.total_steps} | ({"best": self.best} if self.validation else {})
             write_text(self.output / "DONE", dump_json(summary) + "\n")
-            sync(self.output)
             self.tidy()
             log.info("%s complete: %s", self.output, dump_json(summary))
         self.accelerator.wait_for_everyone()

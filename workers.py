@@ -363,7 +363,7 @@ def map_files(jobs, make_work, pool, description):
 
 def _write_output(journal, ids):
     """The output and the list of skipped records, from the journal, in input order."""
-    path, skipped = journal.output, []
+    path = journal.output
     listing = path.with_name(path.name.removesuffix(".jsonl") + ".skipped.jsonl")
     listing.unlink(missing_ok=True)
     lines = [line for line in journal.lines(ids) if b'"skipped"' in line]
