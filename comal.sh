@@ -409,6 +409,7 @@ stage() {
     return
   fi
   check_disk
+  kill -0 "$guard" 2>/dev/null || start_guard
   local log=$iter/logs/$name.log began=$SECONDS code=0
   mkdir -p "$iter/logs"
   echo "=== $(where "$name")  ($((SECONDS / 60)) min so far; log: $log)"
@@ -450,6 +451,7 @@ sweep() {  # kill what carries this run's mark, whatever session it is in, until
 
 start_guard() {  # it sees the end of its pipe when comal.sh has ended in whatever way, SIGKILL included
   exec 7> >(exec setsid bash -c "$(declare -f sweep); cat; run_id=$run_id; sweep" >/dev/null 2>&1 8>&- 9>&-)
+  guard=$!
 }
 
 lock_experiment() {

@@ -2,11 +2,13 @@
 
     bash tests/faults.sh [--kills 40] [--iterations 3] [--seed 0]
 
-Prints one line a kill (moment, stage, victim, signal, how the loop ended, processes left behind), and at last the files
-that differ. Exit code 0 means: no process was left behind, and every file is the same but for timings.
+Prints one line a kill (moment, stage, victim, signal, how the loop ended, processes left behind), then a table of them by
+stage and victim, and at last the files that differ. Where a loop is done before all kills happened, another one begins.
+Exit code 0 means: no process was left behind, and every file is the same but for timings.
 """
 
 import argparse
+import collections
 import contextlib
 import hashlib
 import os
@@ -27,11 +29,10 @@ TIMINGS = re.compile(rb'"(validation_)?tokens_per_s": [-+.e\d]+|"started": "[^"]
 LEFT_OUT = ("logs", ".lock")
 
 
-def start(name, iterations, log, mark):
-    settings = {"RECIPE": "demo", "NAME": name, "ROUNDS": "1", "SPLITS": str(iterations), "EVAL_EVERY": str(iterations),
-                "SAVE_STEPS": "10", "PYTHON": sys.executable, "FAULTS_MARK": mark}
-    return subprocess.Popen(["bash", "comal.sh"], cwd=ROOT, env=os.environ | settings, stdout=log,
-                            stderr=subprocess.STDOUT, start_new_session=True,
+def start(log, mark, **settings):
+    """A demo loop whose processes all inherit `mark`."""
+    return subprocess.Popen(["bash", "comal.sh"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                            env=os.environ | {"RECIPE": "demo", "PYTHON": sys.executable, "FAULTS_MARK": mark} | settings,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
@@ -39,21 +40,10 @@ def processes(mark):
     """{pid: command line} of the living processes that inherited the mark."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             if f"FAULTS_MARK={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
                 found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        except OSError:
-            pass
     return {pid: command for pid, command in found.items() if command}
-
-
-def describe(pid, command, loop):
-    if pid == loop.pid:
-        return "comal.sh"
-    if "spawn_main" in command:
-        return "worker"
-    words = [word for word in command.split() if word.endswith((".py", ".sh"))]
-    return Path(words[0]).name if words else command.split()[0]
 
 
 def settle(mark, seconds=10):
@@ -64,11 +54,76 @@ def settle(mark, seconds=10):
     return left
 
 
-def digests(folder):
+def describe(pid, command, loop):
+    """What a process is, in a word."""
+    if pid == loop.pid:
+        return "comal.sh"
+    if "sweep" in command:
+        return "guard"
+    if "spawn_main" in command:
+        return "worker"
+    scripts = [word for word in command.split() if word.endswith(".py")]
+    return Path(scripts[0]).name if scripts else command.split()[0]
+
+
+def disturb(log_path, mark, kills, rng, longest=16, **settings):
+    """Run a loop to its end, killing one of its processes every 1 to `longest` seconds until there were `kills` of them.
+
+    It is started again wherever it ends. Yields {stage, victim, signal, outcome, left: command lines of the processes left
+    behind} a kill. Raises RuntimeError when the loop fails although nothing was killed.
+    """
+    with open(log_path, "ab") as log:
+        while True:
+            offset, loop = log.seek(0, os.SEEK_END), start(log, mark, **settings)
+            disturbed = False
+            while loop.poll() is None:
+                try:
+                    loop.wait(rng.uniform(1, longest) if kills else None)
+                    break
+                except subprocess.TimeoutExpired:
+                    kills -= 1
+                    disturbed = True
+                    yield _kill_one(loop, mark, rng, log_path, offset)
+            if loop.returncode == 0:
+                return
+            if not disturbed:
+                raise RuntimeError(f"the loop failed on its own with exit code {loop.returncode}; see {log_path}")
+
+
+def _kill_one(loop, mark, rng, log_path, offset):
+    running, kinds = processes(mark), collections.defaultdict(list)
+    for pid, command in running.items():
+        kinds[describe(pid, command, loop)].append(pid)
+    victim = rng.choice(sorted(kinds) or ["comal.sh"])
+    sent = rng.choice(SIGNALS)
+    with open(log_path, "rb") as printed:
+        printed.seek(offset)
+        stages = re.findall(rb"=== .*?stage (\w+)  \(", printed.read())
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rng.choice(kinds.get(victim) or [loop.pid]), sent)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        loop.wait(15)  # a worker's death does not end the loop
+    left = settle(mark) if loop.poll() is not None else {}
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return {"stage": stages[-1].decode() if stages else "start", "victim": victim, "signal": sent.name,
+            "outcome": "goes on" if loop.poll() is None else f"exit {loop.returncode}", "left": list(left.values())}
+
+
+def differing(plain, killed):
+    """["path: what"] of the files of an experiment that are not those of the undisturbed one, timings aside."""
+    expected, found = _digests(plain), _digests(killed)
+    state = lambda path: "missing" if path not in found else "extra" if path not in expected else "differs"  # noqa: E731
+    return [f"{path}: {state(path)}" for path in sorted(expected.keys() | found.keys())
+            if expected.get(path) != found.get(path)]
+
+
+def _digests(folder):
     """{path: hash of its contents without timings and the experiment's name}."""
     name = str(folder.relative_to(ROOT)).encode()
-    return {str(path.relative_to(folder)): hashlib.sha256(
-                TIMINGS.sub(b"", path.read_bytes()).replace(name, b"").replace(folder.name.encode(), b"")).hexdigest()
+    return {str(path.relative_to(folder)):
+            hashlib.sha256(TIMINGS.sub(b"", path.read_bytes()).replace(name, b"")).hexdigest()
             for path in sorted(folder.rglob("*"))
             if path.is_file() and not set(LEFT_OUT) & set(path.relative_to(folder).parts)}
 
@@ -80,57 +135,37 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, mark = random.Random(options.seed), uuid.uuid4().hex[:8]
-    plain, faulty = (f"faults-{mark}-{name}" for name in ("plain", "killed"))
-    logs = ROOT / "exps" / f"faults-{mark}.log"
-    logs.parent.mkdir(exist_ok=True)
-    orphans = 0
-    with open(logs, "w+b") as log:
-        began = time.monotonic()
-        if start(plain, options.iterations, log, mark).wait():
-            sys.exit(f"the undisturbed run failed; see {logs}")
-        print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
-        print(f"{'kill':>4} {'after':>7}  {'stage':34} {'victim':18} {'signal':8} {'outcome':9} left behind", flush=True)
-        kills, offset, loop = 0, log.seek(0, os.SEEK_END), start(faulty, options.iterations, log, mark)
-        while True:
-            try:
-                loop.wait(rng.uniform(1, 16) if kills < options.kills else None)
-            except subprocess.TimeoutExpired:
-                running, stages = processes(mark), []
-                pid = rng.choice(sorted(running)) if running else loop.pid
-                sent, victim = rng.choice(SIGNALS), describe(pid, running.get(pid, ""), loop)
-                with open(logs, "rb") as printed:
-                    printed.seek(offset)
-                    stages = re.findall(rb"=== (.*?)  \(", printed.read())
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, sent)
-                kills += 1
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    loop.wait(15)  # a worker's death does not end the loop
-                left = settle(mark) if loop.poll() is not None else {}
-                orphans += len(left)
-                for other in left:
-                    os.kill(other, signal.SIGKILL)
-                outcome = "goes on" if loop.poll() is None else f"exit {loop.returncode}"
-                print(f"{kills:4} {time.monotonic() - began:6.0f}s  {stages[-1].decode()[:34] if stages else 'start':34} "
-                      f"{victim[:18]:18} {sent.name:8} {outcome:9} {', '.join(left.values())[:60] or '-'}", flush=True)
-                if loop.poll() is None or loop.returncode == 0:
-                    continue
-                offset, loop = log.seek(0, os.SEEK_END), start(faulty, options.iterations, log, mark)
-                continue
-            if loop.returncode:
-                sys.exit(f"the loop failed on its own with exit code {loop.returncode}; see {logs}")
-            break
-    expected, found = digests(ROOT / "exps" / plain), digests(ROOT / "exps" / faulty)
-    different = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
-    for path in different:
-        state = "missing" if path not in found else "extra" if path not in expected else "differs"
-        print(f"  {path}: {state}")
-    print(f"{kills} kills; files compared: {len(expected)}, differing: {len(different)}; processes left behind: {orphans}")
-    if different or orphans or kills < options.kills:
-        sys.exit(f"kept for a look: exps/{plain}, exps/{faulty}, {logs.relative_to(ROOT)}")
-    for name in (plain, faulty):
-        shutil.rmtree(ROOT / "exps" / name)
-    logs.unlink()
+    settings = {"ROUNDS": "1", "SPLITS": str(options.iterations), "EVAL_EVERY": str(options.iterations), "SAVE_STEPS": "10"}
+    folder, log = ROOT / "exps" / f"faults-{mark}", ROOT / "exps" / f"faults-{mark}.log"
+    plain = folder / "plain"
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    with open(log, "ab") as file:
+        if start(file, mark, NAME=f"{folder.name}/plain", **settings).wait():
+            sys.exit(f"the undisturbed run failed; see {log}")
+    print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{'kill':>4} {'after':>7}  {'stage':12} {'victim':18} {'signal':8} {'outcome':9} left behind", flush=True)
+    kills, different, loops = [], [], 0
+    while len(kills) < options.kills:
+        loops += 1
+        name = f"killed{loops}"
+        for kill in disturb(log, mark, options.kills - len(kills), rng, NAME=f"{folder.name}/{name}", **settings):
+            kills.append(kill)
+            print(f"{len(kills):4} {time.monotonic() - began:6.0f}s  {kill['stage'][:12]:12} {kill['victim'][:18]:18} "
+                  f"{kill['signal']:8} {kill['outcome']:9} {', '.join(kill['left'])[:60] or '-'}", flush=True)
+        different += [f"{name}/{line}" for line in differing(plain, folder / name)]
+    for what in ("stage", "victim", "signal"):
+        counts = collections.Counter(kill[what] for kill in kills)
+        print(f"by {what}: " + ", ".join(f"{value} {count}" for value, count in counts.most_common()))
+    for line in different:
+        print(f"  {line}")
+    orphans = sum(len(kill["left"]) for kill in kills)
+    print(f"{len(kills)} kills in {loops} loops; files compared: {loops * len(_digests(plain))}, "
+          f"differing: {len(different)}; processes left behind: {orphans}")
+    if different or orphans:
+        sys.exit(f"kept for a look: {folder.relative_to(ROOT)}, {log.relative_to(ROOT)}")
+    shutil.rmtree(folder)
+    log.unlink()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Where there are GPUs the same tests run on them (vLLM and FSDP 2 in bfloat16), w
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import time
 import uuid
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 
@@ -55,10 +57,13 @@ def models(name):
     return directory
 
 
+def settings(name, models):
+    return {"RECIPE": "demo", "NAME": name, "DEMO_MODELS": str(models), "ROUNDS": "1", "SPLITS": str(SPLITS),
+            "EVAL_EVERY": "2", "MAX_JUDGE_TOKENS": "1000"}
+
+
 def comal(name, models, *arguments, **environment):
-    return run(["bash", "comal.sh", *arguments], **{
-        "RECIPE": "demo", "NAME": f"{name}/run", "DEMO_MODELS": str(models), "ROUNDS": "1", "SPLITS": str(SPLITS),
-        "EVAL_EVERY": "2", "MAX_JUDGE_TOKENS": "1000"} | environment)
+    return run(["bash", "comal.sh", *arguments], **settings(f"{name}/run", models) | environment)
 
 
 @pytest.fixture(scope="module")
@@ -194,35 +199,28 @@ def test_comal_stops_at_the_first_failure(name, models):
 
 
 def test_comal_interrupted_leaves_no_process(name, models):
-    environment = os.environ | {"PYTHON": sys.executable, "RECIPE": "demo", "NAME": f"{name}/stopped", "SPLITS": "1",
-                                "DEMO_MODELS": str(models), "ROUNDS": "1", "COMAL_TEST_MARK": name}
-    loop = subprocess.Popen(["bash", "comal.sh"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.STDOUT, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while len(marked(name)) < 4 and time.monotonic() < deadline:  # bash, tee, the stage, its worker
-        time.sleep(0.2)
-    time.sleep(2)
-    assert len(marked(name)) >= 4
-    loop.send_signal(signal.SIGINT)
-    output, _ = loop.communicate(timeout=30)
-    assert loop.returncode == 130 and "goes on from there" in output
-    deadline = time.monotonic() + 10
-    while marked(name) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert marked(name) == []
+    with open(ROOT / "exps" / name / "stopped.log", "w+") as log:
+        loop = faults.start(log, name, **settings(f"{name}/stopped", models))
+        deadline = time.monotonic() + 60
+        while len(faults.processes(name)) < 4 and time.monotonic() < deadline:  # bash, tee, the stage, its worker
+            time.sleep(0.2)
+        time.sleep(2)
+        assert len(faults.processes(name)) >= 4
+        loop.send_signal(signal.SIGINT)
+        assert loop.wait(30) == 130
+        log.seek(0)
+        assert "goes on from there" in log.read()
+    assert faults.settle(name) == {}
     assert not (ROOT / "exps" / name / "stopped/iter0/train.samples.jsonl").exists()
 
 
-def marked(name):
-    """Command lines of the processes that inherited this test's mark."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"COMAL_TEST_MARK={name}".encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:100])
-        except OSError:
-            pass
-    return [command for command in found if command]
+@pytest.mark.skipif(ON_GPU, reason="on GPUs vLLM's arithmetic depends on the batch")
+def test_comal_killed_at_random_moments_gives_the_same_files(finished, name, models):
+    """The short form of tests/faults.sh."""
+    kills = list(faults.disturb(ROOT / "exps" / name / "killed.log", name, 6, random.Random(0), 12,
+                                **settings(f"{name}/killed", models)))
+    assert kills and [kill["left"] for kill in kills] == [[]] * len(kills)
+    assert faults.differing(finished[0], ROOT / "exps" / name / "killed") == []
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
