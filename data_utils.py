@@ -5,18 +5,20 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from utils import StageError, check_probability, check_token_ids, resolve_tokenizer, scan_jsonl, text_id
+from utils import (StageError, check_probability, check_token_ids, resolve_model, resolve_tokenizer, scan_jsonl,
+                   text_id)
 
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 def load_tokenizer(model, tokenizer=""):
     """The tokenizer of `tokenizer` (a path or Hub id) or, when that is empty, of the model.
 
-    Raises StageError when there is none or it has no chat template.
+    Raises StageError when there is none, it has no chat template, or the model has one of its own with other ids.
     """
     from transformers import AutoTokenizer
     source = resolve_tokenizer(model, tokenizer)
@@ -27,6 +29,13 @@ def load_tokenizer(model, tokenizer=""):
                          "--tokenizer (--judge_tokenizer)") from None
     if not loaded.chat_template:
         raise StageError(f"the tokenizer of {source} has no chat template; name another one with --tokenizer")
+    directory = resolve_model(model)
+    if tokenizer and any(Path(directory, name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        own = {number: token for token, number in AutoTokenizer.from_pretrained(directory).get_vocab().items()}
+        for token, number in sorted(loaded.get_vocab().items(), key=lambda item: item[1]):
+            if own.get(number, token) != token:
+                raise StageError(f"{tokenizer} is not the tokenizer of {model}: id {number} is {token!r} there and "
+                                 f"{own[number]!r} here; leave it out, or name the one that the model was trained with")
     return loaded
 
 
@@ -92,21 +101,24 @@ def end_token_id(tokenizer):
 # ---------------------------------------------------------------------------------------------- datasets
 
 class JsonlDataset(Dataset):
-    """Random access to the lines of a JSONL file; memory holds an offset and a weight a line, not the records.
+    """Random access to the lines of a JSONL file; memory holds an offset, an id and a weight a line, not the records.
 
     Attributes:
+        ids: list of str, the examples' `prompt_id`.
         weights: list of float, each example's share in the mean loss before normalisation.
     """
 
     def __init__(self, path, fields):
-        self.path, self.offsets, self.weights = path, [], []
+        self.path, self.offsets, self.ids, self.weights = path, [], [], []
         for offset, record in scan_jsonl(path, fields):
+            prompt_id, weight = self.check(record)
             self.offsets.append(offset)
-            self.weights.append(self.check(record))
+            self.ids.append(prompt_id)
+            self.weights.append(weight)
 
     def check(self, record):
-        """Validate one record; return its weight."""
-        return 1.0
+        """Validate one record; return its id and its weight."""
+        return record.get("prompt_id"), 1.0
 
     def __len__(self):
         return len(self.offsets)
@@ -152,13 +164,13 @@ class PairDataset(JsonlDataset):
         where = f"{self.path}, prompt_id {record['prompt_id']}"
         for side in ("chosen", "rejected"):
             check_tokens(self.path, record, f"{side}_token_ids", self.vocab_size, self.max_length)
-            if len(self.offsets) <= TOKENIZER_CHECKS:
+            if len(self.offsets) < TOKENIZER_CHECKS:
                 check_text(where, self.tokenizer, record.get(side), record[f"{side}_token_ids"])
         check_probability(where, "win_prob", record.get("win_prob", 1.0))
         for name in LOGP_FIELDS:
             if name in record and not -math.inf < record[name] <= 1e-3:  # rounding may lift a certain token above 0
                 raise StageError(f"{where}: {name} should be a log-probability, 0 or less, got {record[name]}")
-        return 1.0
+        return record["prompt_id"], 1.0
 
     def collate(self, records):
         """A batch of pairs: the chosen sequences, then the rejected ones.
@@ -243,7 +255,7 @@ class ChatDataset(JsonlDataset):
         weight = record.get("weight", 1.0)
         if not (isinstance(weight, (int, float)) and weight >= 0):
             raise StageError(f"{self.path}: weight should be a number >= 0, got {weight!r}")
-        return weight * len(tokens["response_token_ids"])
+        return tokens["prompt_id"], weight * len(tokens["response_token_ids"])
 
     def encode(self, record):
         """{"prompt_id", "prompt_token_ids", "response_token_ids"} of one chat; the end token is part of the answer."""

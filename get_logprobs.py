@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from data_utils import UnscoredPairDataset, load_tokenizer
-from train_utils import batch_logps, load_model, local_batches, on_device, start_accelerator
+from train_utils import batch_logps, load_model, local_batches, on_device, start_accelerator, vocabulary_size
 from utils import (StageError, check_weights, file_lists, fingerprint, jsonl_writer, log, model_fingerprint,
                    resolve_model, run)
 from workers import Journal
@@ -39,8 +39,8 @@ def model_logps(name, datasets, journals, batch_size, accelerator):
     Batches are the same wherever an earlier run was stopped; those that `journals` (the main process's, one a data set)
     holds are not computed again.
     """
-    ids = [[dataset[i]["prompt_id"] for i in range(len(dataset))] for dataset in datasets]
-    finished = [[prompt_id in journal.offsets for prompt_id in own] for journal, own in zip(journals, ids)]
+    finished = [[prompt_id in journal.offsets for prompt_id in dataset.ids]
+                for journal, dataset in zip(journals, datasets)]
     (finished,) = broadcast_object_list([finished])
     if not all(map(all, finished)):
         model = load_model(name)
@@ -54,12 +54,13 @@ def model_logps(name, datasets, journals, batch_size, accelerator):
                        desc=f"log-probabilities {name}", disable=not accelerator.is_main_process)
             for found in compute(model, dataset, list(local_batches(left, batch_size, accelerator)), accelerator):
                 if accelerator.is_main_process:
-                    journals[number].append([{"prompt_id": ids[number][index], "logps": logps}
+                    journals[number].append([{"prompt_id": dataset.ids[index], "logps": logps}
                                              for index, *logps in found])
                 bar.update(len(found))
             bar.close()
         accelerator.free_memory(model)
-    return [[json.loads(line)["logps"] for line in journal.lines(own)] for journal, own in zip(journals, ids)]
+    return [[json.loads(line)["logps"] for line in journal.lines(dataset.ids)]
+            for journal, dataset in zip(journals, datasets)]
 
 
 def compute(model, dataset, batches, accelerator):
@@ -75,7 +76,7 @@ def compute(model, dataset, batches, accelerator):
                 chosen, rejected = batch_logps(model, batch).chunk(2)
             found += list(zip(indices, chosen.tolist(), rejected.tolist())) if counts else []
         found = gather_object(found)
-        bad = [dataset[index]["prompt_id"] for index, *values in found if not all(map(math.isfinite, values))]
+        bad = [dataset.ids[index] for index, *values in found if not all(map(math.isfinite, values))]
         if bad:
             raise StageError(f"{dataset.path}: no finite log-probability for prompt_id {', '.join(bad[:10])}")
         yield found
@@ -111,7 +112,7 @@ def main(model: str, reference: str, input: str, output: str, tokenizer: str = "
     names = list(dict.fromkeys(map(resolve_model, (model, reference))))
     for name in names:
         check_weights(name)
-    vocab_size = vocabulary(names)
+    vocab_size = min(map(vocabulary_size, names))
     datasets = [UnscoredPairDataset(path, loaded, max_length, vocab_size) for path in inputs]
     journals = []  # one a model and file
     for label, name in zip(("last", "ref"), names):
@@ -126,12 +127,6 @@ def main(model: str, reference: str, input: str, output: str, tokenizer: str = "
             journal.remove()
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def vocabulary(names):
-    """The smaller of the models' vocabulary sizes."""
-    from transformers import AutoConfig
-    return min(AutoConfig.from_pretrained(name).get_text_config().vocab_size for name in names)
 
 
 if __name__ == "__main__":

@@ -102,15 +102,10 @@ def start_accelerator(seed):
     if "LOCAL_RANK" in os.environ:
         die_with_parent()  # the launcher
     accelerator = Accelerator()
-    if accelerator.distributed_type == DistributedType.FSDP:
-        plugin = accelerator.state.fsdp_plugin
-        # Resume points: each process writes its shards. `get_state_dict` gathers all the same.
-        plugin.state_dict_config = plugin.optim_state_dict_config = None
-        plugin.set_state_dict_type("SHARDED_STATE_DICT")
-        if accelerator.mixed_precision == "bf16":
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     if not accelerator.is_main_process:
         log.setLevel("WARNING")
     for name, level in (("accelerate", "WARNING"), ("accelerate.utils.other", "ERROR")):  # each file of a resume point
@@ -412,7 +407,7 @@ class Trainer:
         metrics = self.run_batch(self.data, indices, backward=True)
         if not math.isfinite(metrics["loss"]):
             raise StageError(f"loss {metrics['loss']} at step {step + 1}; prompt ids of the batch: "
-                             + ", ".join(self.data[i].get("prompt_id", f"line {i + 1}") for i in indices))
+                             + ", ".join(self.data.ids[i] for i in indices))
         if step == 0:
             self.check_start(metrics)
         if self.config.max_grad_norm > 0:
@@ -499,8 +494,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         metrics.pop("start_difference", None)
-        self.metrics_file.write(dump_json({"step": step} | metrics) + "\n")
-        self.metrics_file.flush()
+        self.write_metrics({"step": step} | metrics)
         width = len(str(self.total_steps))
         parts = [f"step {step:0{width}}/{self.total_steps}", f"loss {metrics['loss']:.4g}",
                  f"rel {metrics['normalised_loss']:.4f}"]
@@ -511,6 +505,15 @@ class Trainer:
         parts += [f"lr {metrics['learning_rate']:.1e}", f"tok/s {metrics['tokens_per_s']:,.0f}",
                   f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
         print(" | ".join(parts), flush=True)
+
+    def write_metrics(self, record):
+        try:
+            self.metrics_file.write(dump_json(record) + "\n")
+            self.metrics_file.flush()
+        except OSError as error:
+            kept = max(self.resume_points(), default=0)
+            raise StageError(f"{self.output / 'metrics.jsonl'}: {error.strerror}; free some space and start again: "
+                             f"all up to update {kept} is kept") from None
 
     def validate(self, step):
         """Report the mean loss over the validation data; return whether it is the lowest so far."""
@@ -523,8 +526,7 @@ class Trainer:
             raise StageError(f"validation loss {metrics['loss']} after step {step}")
         best = self.best is None or metrics["loss"] < self.best["validation_loss"]
         if self.accelerator.is_main_process:
-            self.metrics_file.write(dump_json({"step": step} | {f"validation_{k}": v for k, v in metrics.items()}) + "\n")
-            self.metrics_file.flush()
+            self.write_metrics({"step": step} | {f"validation_{k}": v for k, v in metrics.items()})
             print(f"validation after step {step}: loss {metrics['loss']:.4g} | rel {metrics['normalised_loss']:.4f}"
                   + " | lowest so far" * best, flush=True)
         if best:

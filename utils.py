@@ -221,11 +221,19 @@ _FORMATS = {b"\x1f\x8b": "compressed with gzip", b"\x28\xb5\x2f\xfd": "compresse
             b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
 
 
+# Which stage a field comes from, for whoever hands a file to the wrong one.
+WRITTEN_BY = {
+    "prompt_token_ids": "sampling.py", "samples": "sampling.py", "chosen": "data_processing.py make_pairs",
+    "rejected": "data_processing.py make_pairs", "chosen_token_ids": "data_processing.py make_pairs",
+    "rejected_token_ids": "data_processing.py make_pairs", "messages": "data_processing.py make_sft",
+} | {f"{model}_{side}_logp": "get_logprobs.py" for model in ("last", "ref") for side in ("chosen", "rejected")}
+
+
 def read_jsonl(path, fields=None, unique="prompt_id"):
     """Yield the objects of a JSONL file, one a line, checked, in one pass that holds one record (and all ids).
 
     `fields` maps a required field to its type (or tuple of types). `unique` names the key that no two lines may
-    share. Lines end at "\\n" only: U+2028 and friends occur inside real prompts; blank ones, "\\r" before the end and a
+    share, or None. Lines end at "\\n" only: U+2028 and friends occur inside real prompts; blank ones, "\\r" before the end and a
     byte order mark mean nothing. Raises StageError with file and line number.
     """
     return (record for _, record in scan_jsonl(path, fields, unique))
@@ -251,7 +259,9 @@ def scan_jsonl(path, fields=None, unique="prompt_id"):
                 raise StageError(f"{where}: expected a JSON object, got {type(record).__name__}")
             for name, kind in (fields or {}).items():
                 if name not in record:
-                    raise StageError(f"{where}: field {name!r} is missing; found {', '.join(record) or 'no field'}")
+                    writer = f" ({WRITTEN_BY[name]} writes it)" if name in WRITTEN_BY else ""
+                    raise StageError(f"{where}: field {name!r} is missing{writer}; "
+                                     f"found {', '.join(record) or 'no field'}")
                 if not isinstance(record[name], kind) or isinstance(record[name], bool):
                     wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
                     raise StageError(f"{where}: field {name!r} should be {wanted}, "
@@ -281,18 +291,19 @@ def read_prompts(path):
     Raises StageError for an empty prompt and for two records with the same id.
     """
     seen = set()
-    for number, record in enumerate(read_jsonl(path, PROMPT_FIELDS), 1):
+    for number, record in enumerate(read_jsonl(path, PROMPT_FIELDS, unique=None), 1):
+        where = f"{path}, record {number}"
         if not record["prompt"].strip():
-            raise StageError(f"{path}, line {number}: the prompt is empty")
+            raise StageError(f"{where}: the prompt is empty")
         given = record.get("prompt_id")
+        if type(given) not in (str, int, type(None)):
+            raise StageError(f"{where}: prompt_id should be text or a number, got {type(given).__name__}")
         record["prompt_id"] = text_id(record["prompt"]) if given in (None, "") else str(given)
         if record["prompt_id"] in seen:
-            raise StageError(f"{path}, line {number}: prompt_id {record['prompt_id']!r} (made from the text where "
-                             "the file has none) occurs a second time")
+            raise StageError(f"{where}: prompt_id {record['prompt_id']!r} (made from the text where the file has none) "
+                             "occurs a second time")
         seen.add(record["prompt_id"])
         yield record
-    if not seen:
-        raise StageError(f"{path}: no records")
 
 
 SAMPLE_FIELDS = {"prompt_id": str, "prompt": str, "prompt_token_ids": list, "samples": list}

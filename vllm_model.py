@@ -109,7 +109,9 @@ class Engine:
     def __init__(self, model, tokenizer, max_model_len, config):
         from transformers import AutoConfig
         directory = resolve_model(model)
-        positions = getattr(AutoConfig.from_pretrained(directory).get_text_config(), "max_position_embeddings", None)
+        model_config = AutoConfig.from_pretrained(directory).get_text_config()
+        self.model, self.vocab_size = model, model_config.vocab_size
+        positions = getattr(model_config, "max_position_embeddings", None)
         if positions and max_model_len > positions:
             raise StageError(f"{model} has {positions} positions, but prompt and new tokens may take {max_model_len}; "
                              "lower --max_prompt_tokens (of a policy also --max_new_tokens)")
@@ -140,7 +142,11 @@ class Engine:
         )
 
     def generate(self, prompts, sampling_params):
-        """vLLM's request outputs for lists of token ids, in order."""
+        """vLLM's request outputs for lists of token ids, in order. Raises StageError for one outside the vocabulary."""
+        largest = max(map(max, prompts))
+        if largest >= self.vocab_size:
+            raise StageError(f"token {largest} of a prompt is outside the vocabulary of {self.model} ({self.vocab_size} "
+                             "tokens); name the tokenizer that it was trained with (--tokenizer, --judge_tokenizer)")
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=False)
 
 

@@ -8,7 +8,7 @@ YAML file, but trains with DDP. So its state is completed here as `AcceleratorSt
 else is replaced; the stages run through their own `main`.
 
 JOBS.json: a list of
-    script   str, a stage of the repository, or `resume` (below)
+    script   str, a stage of the repository
     argv     list of str, its flags
     env      dict, environment variables of this job
     report   str, where the first process writes what it saw (JSON):
@@ -25,7 +25,6 @@ import json
 import os
 import runpy
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,31 +78,6 @@ def note_dtypes(sequence_logps):
     return noted
 
 
-def resume(state_dir):
-    """Train as inpo.py does (sys.argv holds its flags) and save the state half-way; load it into a new model and a new
-    optimiser and train the second half again, into `<output>-resumed`."""
-    import inpo
-
-    def train(compute_loss, config, dataset_class, **method):
-        output, halfway = config.output, None
-        for config.output in (output, f"{output}-resumed"):
-            reset()
-            trainer = train_utils.Trainer(compute_loss, config, dataset_class)
-            trainer.started = time.monotonic()
-            if halfway:
-                trainer.accelerator.load_state(state_dir)
-            for step in range(halfway or 0, trainer.total_steps):
-                if not halfway and step == trainer.total_steps // 2:
-                    trainer.accelerator.save_state(state_dir)
-                epoch, position = divmod(step, trainer.steps_per_epoch)
-                size = config.global_batch_size
-                trainer.update(step, trainer.order(epoch)[position * size:(position + 1) * size])
-            halfway = trainer.total_steps // 2
-
-    inpo.train = train
-    inpo.run(inpo.main)
-
-
 def reset():
     """The next Accelerator begins anew, in the same group of processes."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -114,10 +88,7 @@ def run(job):
     """Exit code of one job."""
     sys.argv = [job["script"], *job["argv"]]
     try:
-        if job["script"] == "resume":
-            resume(sys.argv.pop(1))
-        else:
-            runpy.run_path(str(ROOT / job["script"]), run_name="__main__")
+        runpy.run_path(str(ROOT / job["script"]), run_name="__main__")
     except SystemExit as error:
         return error.code
     return 0

@@ -354,10 +354,10 @@ def test_read_prompts_keeps_numbered_ids(jsonl):
 
 
 @pytest.mark.parametrize("records, message", [
-    ([{"prompt": "x"}, {"prompt": " \n"}], "line 2: the prompt is empty"),
-    ([{"prompt": "x"}, {"prompt": "x"}], "line 2: prompt_id '2d711642b726b044' .* occurs a second time"),
-    ([{"prompt": "x", "prompt_id": "3"}, {"prompt": "y", "prompt_id": 3}], "line 2: prompt_id '3' .* a second time"),
-    ([{"prompt": "x", "prompt_id": ["3"]}], "line 1: .*prompt_id"),
+    ([{"prompt": "x"}, {"prompt": " \n"}], "record 2: the prompt is empty"),
+    ([{"prompt": "x"}, {"prompt": "x"}], "record 2: prompt_id '2d711642b726b044' .* occurs a second time"),
+    ([{"prompt": "x", "prompt_id": "3"}, {"prompt": "y", "prompt_id": 3}], "record 2: prompt_id '3' .* a second time"),
+    ([{"prompt": "x", "prompt_id": ["3"]}], "record 1: prompt_id should be text"),
     ([{"text": "x"}], "line 1: field 'prompt' is missing"),
     ([], "no records"),
 ])
