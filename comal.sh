@@ -440,10 +440,12 @@ run_id=$(</proc/sys/kernel/random/uuid)
 marked=(env "COMAL_RUN=$run_id" SPT_NOENV=1)
 
 sweep() {  # kill what carries this run's mark, whatever session it is in, until a second has passed without any
-  local pids quiet=0
+  local pid pids quiet=0
   for _ in {1..100}; do
     pids=$(cd /proc && grep -lzxs "COMAL_RUN=$run_id" [0-9]*/environ | cut -d/ -f1) || true
-    if [[ -n $pids ]]; then kill -KILL $pids 2>/dev/null || true; quiet=0; else quiet=$((quiet + 1)); fi
+    # Python's resource trackers end by themselves, last, and remove shared memory on their way.
+    for pid in $pids; do grep -qs resource_tracker "/proc/$pid/cmdline" || kill -KILL "$pid" 2>/dev/null || true; done
+    if [[ -n $pids ]]; then quiet=0; else quiet=$((quiet + 1)); fi
     ((quiet < 5)) || return 0
     sleep 0.2
   done
@@ -509,7 +511,6 @@ stop() {  # SIGNAL EXIT_CODE: end the running stage with all its processes
   if [[ -n $running ]]; then
     kill -TERM -- "-$running" 2>/dev/null || true
     for _ in {1..50}; do kill -0 -- "-$running" 2>/dev/null || break; sleep 0.1; done
-    kill -KILL -- "-$running" 2>/dev/null || true
   fi
   if [[ -z $plan ]]; then sweep; fi
   echo "comal.sh: stopped; what is complete is kept, the same command goes on from there" >&2

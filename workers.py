@@ -101,6 +101,7 @@ def _worker_main(make_work, environment, connection):
     os.environ.update(environment)
     die_with_parent()
     os.setpgid(0, 0)  # with whatever the engine starts, it can be killed as a group
+    _end_group_with_this_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -114,6 +115,16 @@ def _worker_main(make_work, environment, connection):
         pass
     except BaseException:
         connection.send(("broken", traceback.format_exc()))
+
+
+def _end_group_with_this_process():
+    """Start a process that kills this one's group once this one has ended in whatever way: an engine on several GPUs is
+    processes of its own, which would stay, with the GPUs' memory, behind a worker that is killed."""
+    leader = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == leader:
+            time.sleep(0.5)
+        os.killpg(leader, signal.SIGKILL)
 
 
 class _Worker:

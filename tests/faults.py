@@ -2,9 +2,9 @@
 
     bash tests/faults.sh [--kills 40] [--iterations 3] [--seed 0]
 
-Prints one line a kill (moment, stage, victim, signal, how the loop ended, processes left behind), then a table of them by
-stage and victim, and at last the files that differ. Where a loop is done before all kills happened, another one begins.
-Exit code 0 means: no process was left behind, and every file is the same but for timings.
+Prints one line a kill (moment, stage, victim, signal, how the loop ended, processes and shared memory left behind), then
+their counts by stage, victim and signal, and at last the files that differ. Where a loop is done before all kills happened, another one begins.
+Exit code 0 means: nothing was left behind, and every file is the same but for timings.
 """
 
 import argparse
@@ -54,6 +54,15 @@ def settle(mark, seconds=10):
     return left
 
 
+def unmapped_segments():
+    """Names of the shared-memory segments that no living process has mapped."""
+    mapped = ""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mapped += (process / "maps").read_text()
+    return {path.name for path in Path("/dev/shm").iterdir() if str(path) not in mapped}
+
+
 def describe(pid, command, loop):
     """What a process is, in a word."""
     if pid == loop.pid:
@@ -62,6 +71,8 @@ def describe(pid, command, loop):
         return "guard"
     if "spawn_main" in command:
         return "worker"
+    if "resource_tracker" in command:
+        return "resource tracker"
     scripts = [word for word in command.split() if word.endswith(".py")]
     return Path(scripts[0]).name if scripts else command.split()[0]
 
@@ -69,9 +80,10 @@ def describe(pid, command, loop):
 def disturb(log_path, mark, kills, rng, longest=16, **settings):
     """Run a loop to its end, killing one of its processes every 1 to `longest` seconds until there were `kills` of them.
 
-    It is started again wherever it ends. Yields {stage, victim, signal, outcome, left: command lines of the processes left
-    behind} a kill. Raises RuntimeError when the loop fails although nothing was killed.
+    It is started again wherever it ends. Yields {stage, victim, signal, outcome, left: command lines of processes and names
+    of shared-memory segments left behind} a kill. Raises RuntimeError when the loop fails although nothing was killed.
     """
+    segments = unmapped_segments()
     with open(log_path, "ab") as log:
         while True:
             offset, loop = log.seek(0, os.SEEK_END), start(log, mark, **settings)
@@ -83,14 +95,14 @@ def disturb(log_path, mark, kills, rng, longest=16, **settings):
                 except subprocess.TimeoutExpired:
                     kills -= 1
                     disturbed = True
-                    yield _kill_one(loop, mark, rng, log_path, offset)
+                    yield _kill_one(loop, mark, rng, log_path, offset, segments)
             if loop.returncode == 0:
                 return
             if not disturbed:
                 raise RuntimeError(f"the loop failed on its own with exit code {loop.returncode}; see {log_path}")
 
 
-def _kill_one(loop, mark, rng, log_path, offset):
+def _kill_one(loop, mark, rng, log_path, offset, segments):
     running, kinds = processes(mark), collections.defaultdict(list)
     for pid, command in running.items():
         kinds[describe(pid, command, loop)].append(pid)
@@ -103,12 +115,14 @@ def _kill_one(loop, mark, rng, log_path, offset):
         os.kill(rng.choice(kinds.get(victim) or [loop.pid]), sent)
     with contextlib.suppress(subprocess.TimeoutExpired):
         loop.wait(15)  # a worker's death does not end the loop
-    left = settle(mark) if loop.poll() is not None else {}
+    ended = loop.poll() is not None
+    left = settle(mark) if ended else {}
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return {"stage": stages[-1].decode() if stages else "start", "victim": victim, "signal": sent.name,
-            "outcome": "goes on" if loop.poll() is None else f"exit {loop.returncode}", "left": list(left.values())}
+            "outcome": f"exit {loop.returncode}" if ended else "goes on",
+            "left": [*left.values(), *(unmapped_segments() - segments if ended else ())]}
 
 
 def differing(plain, killed):
@@ -161,7 +175,7 @@ def main():
         print(f"  {line}")
     orphans = sum(len(kill["left"]) for kill in kills)
     print(f"{len(kills)} kills in {loops} loops; files compared: {loops * len(_digests(plain))}, "
-          f"differing: {len(different)}; processes left behind: {orphans}")
+          f"differing: {len(different)}; left behind: {orphans}")
     if different or orphans:
         sys.exit(f"kept for a look: {folder.relative_to(ROOT)}, {log.relative_to(ROOT)}")
     shutil.rmtree(folder)
