@@ -540,7 +540,7 @@ find_gpus() {
   [[ $numbers != auto ]] || numbers=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
   IFS=, read -ra gpu_list <<<"$numbers"
   launch=(env "CUDA_VISIBLE_DEVICES=$numbers" "$PYTHON" -m accelerate.commands.launch --config_file fsdp_config.yaml
-    --num_processes "${#gpu_list[@]}" --main_process_port 0)
+    --num_processes "${#gpu_list[@]}")
 }
 
 describe() {

@@ -36,7 +36,8 @@ def main(eta: float = 0.002, tau_eta_ratio: float = 1 / 3, soft_labels: bool = F
             batch["last_chosen_logps"], batch["last_rejected_logps"],
             eta, tau_eta_ratio, batch["win_prob"] if soft_labels else None)
 
-    train(compute_loss, TrainingConfig(**training), PairDataset, loss="inpo", eta=eta, tau_eta_ratio=tau_eta_ratio, soft_labels=soft_labels)
+    train(compute_loss, TrainingConfig(**training), PairDataset,
+          loss="inpo", eta=eta, tau_eta_ratio=tau_eta_ratio, soft_labels=soft_labels)
 
 
 if __name__ == "__main__":

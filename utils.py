@@ -218,7 +218,8 @@ def check_input(path):
 
 
 _FORMATS = {b"\x1f\x8b": "compressed with gzip", b"\x28\xb5\x2f\xfd": "compressed with zstd",
-            b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
+            b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file",
+            b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
 
 
 # Which stage a field comes from, for whoever hands a file to the wrong one.
@@ -233,8 +234,8 @@ def read_jsonl(path, fields=None, unique="prompt_id"):
     """Yield the objects of a JSONL file, one a line, checked, in one pass that holds one record (and all ids).
 
     `fields` maps a required field to its type (or tuple of types). `unique` names the key that no two lines may
-    share, or None. Lines end at "\\n" only: U+2028 and friends occur inside real prompts; blank ones, "\\r" before the end and a
-    byte order mark mean nothing. Raises StageError with file and line number.
+    share, or None. Lines end at "\\n" only: U+2028 and friends occur inside real prompts; blank ones, "\\r" before the
+    end and a byte order mark mean nothing. Raises StageError with file and line number.
     """
     return (record for _, record in scan_jsonl(path, fields, unique))
 

@@ -56,11 +56,12 @@ def settle(mark, seconds=10):
 
 def unmapped_segments():
     """Names of the shared-memory segments that no living process has mapped."""
-    mapped = ""
+    mapped = set()  # inodes
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            mapped += (process / "maps").read_text()
-    return {path.name for path in Path("/dev/shm").iterdir() if str(path) not in mapped}
+            mapped |= {line.split()[4] for line in (process / "maps").read_text().splitlines() if "/dev/shm/" in line}
+    with os.scandir("/dev/shm") as entries:
+        return {entry.name for entry in entries if str(entry.inode()) not in mapped}
 
 
 def describe(pid, command, loop):

@@ -143,5 +143,5 @@ def launch(launcher_flags, *command, **environment):
 def launch_two(*command):
     """Two processes with fsdp_config.yaml in float32, on a port that the system chooses: on the CPU that means DDP over
     gloo. (`accelerate launch --cpu --num_processes 2` would start a single process.)"""
-    return launch(["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", "2",
-                   "--main_process_port", "0"], *command, ACCELERATE_USE_CPU="true")
+    return launch(["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", "2"], *command,
+                  ACCELERATE_USE_CPU="true")
