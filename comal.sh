@@ -121,12 +121,28 @@ check_values() {  # everything that can be known to be wrong before hours of wor
 
 number='[0-9]*\.?[0-9]+(e-?[0-9]+)?'
 one_of() { [[ " ${*:2} " == *" ${!1} "* ]] || die "$1=${!1} is unknown; choose one of: ${*:2}"; }
-whole() { local n; for n in "${@:2}"; do [[ ${!n} =~ ^[0-9]+$ ]] && ((10#${!n} >= $1)) || die "$n=${!n} should be a whole number, at least $1"; done; }
-number() { local n; for n in "$@"; do [[ ${!n} =~ ^$number$ ]] || die "$n=${!n} should be a number, 0 or more"; done; }
-positive() { local n v; for n in "$@"; do v=${!n}; [[ ${v%%e*} =~ [1-9] ]] || die "$n=$v should be greater than 0"; done; }
+whole() {  # LEAST NAME...
+  local name
+  for name in "${@:2}"; do
+    [[ ${!name} =~ ^[0-9]+$ ]] && ((10#${!name} >= $1)) || die "$name=${!name} should be a whole number, at least $1"
+  done
+}
+number() {
+  local name
+  for name in "$@"; do [[ ${!name} =~ ^$number$ ]] || die "$name=${!name} should be a number, 0 or more"; done
+}
+positive() {
+  local name value
+  for name in "$@"; do
+    value=${!name}
+    [[ ${value%%e*} =~ [1-9] ]] || die "$name=$value should be greater than 0"
+  done
+}
 at_most_one() {
-  local n
-  for n in "$@"; do awk -v x="${!n}" 'BEGIN { exit !(x <= 1) }' || die "$n=${!n} should be at most 1"; done
+  local name
+  for name in "$@"; do
+    awk -v x="${!name}" 'BEGIN { exit !(x <= 1) }' || die "$name=${!name} should be at most 1"
+  done
 }
 
 check_files() {  # the models' names and the prompts, once `prepare` has made what it makes
@@ -567,7 +583,8 @@ $changed
 Give the experiment another NAME, or the settings it was begun with;
 or fork: FROM=$exp/iterN NAME=another bash comal.sh"
     changed=$(differences "code|torch|transformers|vllm|accelerate" "${versions[@]}")
-    [[ -z $changed ]] || echo "comal.sh: WARNING: $exp was begun with other code or packages (<: now, >: $file), and goes on with these:
+    [[ -z $changed ]] || echo "comal.sh: WARNING: $exp was begun with other code or packages (<: now, >: $file), and
+goes on with these:
 $changed" >&2
     return
   fi
