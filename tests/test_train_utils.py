@@ -469,6 +469,13 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_later(undisturbed, tmp_pat
     check_same_result(tmp_path / "disk-result", run.output)
 
 
+def test_a_full_disk_under_the_metrics_is_a_message(train, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StageError, match="metrics.jsonl: No space left on device; free some space .* update 0 is kept"):
+        train(output=tmp_path / "full")
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
 
 def test_data_of_another_model_is_refused(train, setting):
