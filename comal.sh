@@ -332,7 +332,7 @@ main() {
     check_settings
   fi
   for ((i = first; i < iterations; i++)); do
-    iter=$exp/iter$i
+    iter=$exp/iter$i began=$SECONDS ran=
     sample
     score
     make_pairs
@@ -343,11 +343,12 @@ main() {
     if ((UPDATE_INTERVAL && (i + 1) % UPDATE_INTERVAL == 0)); then reference=$policy; fi
     if (((i + 1) % SPLITS == 0)) && [[ -z $plan ]]; then ln -sfn "iter$i/ckpt" "$exp/round$(((i + 1) / SPLITS))"; fi
     [[ -n $plan ]] || complete
+    [[ -z $ran ]] || progress
   done
   [[ -z $plan ]] || return 0
   if [[ $RECIPE == demo ]]; then demo_table; fi
   echo
-  echo "done after $((SECONDS / 60)) min $((SECONDS % 60)) s: $iterations iterations in $exp; the last policy is $policy/model"
+  echo "done after $(duration "$SECONDS"): $iterations iterations in $exp; the last policy is $policy/model"
 }
 
 fork() {  # begin behind another experiment's iteration: with its policy, its reference and the number after it
@@ -379,6 +380,17 @@ complete() {  # the iteration is: note what the next one starts from, and delete
   done
 }
 
+measured=0 spent=0  # iterations that this run has computed, and their seconds
+progress() {  # one line an iteration: what is done, what is left, when it will be finished
+  local took=$((SECONDS - began)) left=$((iterations - i - 1)) rest
+  measured=$((measured + 1)) spent=$((spent + took))
+  rest=$((left * spent / measured))
+  echo "=== iteration $i of $iterations is done after $(duration "$took"); $left left, about $(duration "$rest")\
+$( ((left == 0)) || date -d "+$rest seconds" "+: until %a %H:%M")"
+}
+
+duration() { if (($1 < 3600)); then echo "$(($1 / 60)) min $(($1 % 60)) s"; else echo "$(($1 / 3600)) h $(($1 % 3600 / 60)) min"; fi; }
+
 demo_table() {
   local checkpoint
   for checkpoint in "$exp"/iter*/ckpt; do
@@ -391,6 +403,8 @@ demo_table() {
 }
 
 # ------------------------------------------------------------------------------------------------ how stages run
+
+ran=  # whether this iteration has run a stage
 
 die() { echo "comal.sh: $1" >&2; exit 1; }
 
@@ -426,9 +440,10 @@ stage() {
   fi
   check_disk
   kill -0 "$guard" 2>/dev/null || start_guard
-  local log=$iter/logs/$name.log began=$SECONDS code=0
+  local log=$iter/logs/$name.log start=$SECONDS code=0
+  ran=yes
   mkdir -p "$iter/logs"
-  echo "=== $(where "$name")  ($((SECONDS / 60)) min so far; log: $log)"
+  echo "=== $(where "$name")  ($(duration "$SECONDS") so far; log: $log)"
   # In a session of its own, so that stopping it reaches every process that it started.
   setsid "${marked[@]}" "$@" > >(exec tee "$log" 7>&- 8>&- 9>&-) 2>&1 7>&- 8>&- 9>&- &
   running=$!
@@ -442,7 +457,8 @@ Nothing after it was run. Once the cause is mended, the same command goes on her
     [[ -e $output ]] || die "$(where "$name") ended without an error but did not write $output; see $log"
   done
   clean "${outputs[@]}"
-  echo "=== $name took $((SECONDS - began)) s"
+  echo "=== $name took $((SECONDS - start)) s"
+  echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - start)), \"ended\": \"$(date -u +%FT%TZ)\"}" >>"$iter/logs/times.jsonl"
 }
 
 clean() {  # OUTPUT...: a stage killed between its last rename and its end leaves the records that it kept
