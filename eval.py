@@ -12,13 +12,21 @@ AlpacaEval's 805 instructions.
     win_probs      2 x 2 as in scoring.py; [0][1] = P(response beats baseline's)
     order_gap, label_mass
 and beside it `<output>` with the ending .json, the summary: see `summarise`.
+`matrix` compares all with all, several checkpoints or systems, and writes the game between them: see `play`.
 """
 
+import itertools
 import json
+import os
+import re
 from functools import partial
 from pathlib import Path
 
-from utils import StageError, derive_seed, file_lists, jsonl_writer, log, read_jsonl, read_prompts, run, write_text
+import numpy as np
+
+import nash
+from utils import (StageError, atomic_file, derive_seed, dump_json, file_lists, fingerprint, jsonl_writer, log, read_jsonl,
+                   read_prompts, run, split_list, text_id, write_text)
 from vllm_model import Judge, JudgeConfig, Sampler, SamplerConfig
 from workers import map_files
 
@@ -112,17 +120,20 @@ def compare(responses: str, baseline: str, output: str, seed: int = 0, **judge: 
     for path in outputs:
         if path.suffix == ".json":
             raise StageError(f"--output {path}: the summary goes to a file of that name; end it in .jsonl")
-    config = JudgeConfig(**judge)
+    judge_responses(list(zip(ours, theirs, outputs)), JudgeConfig(**judge), seed)
+
+
+def judge_responses(jobs, config, seed):
+    """Judge (responses, baseline, output) files with one start of the judge; write the outputs and their summaries."""
     made_with = config.made_with()
-    jobs = [(partial(join_responses, *paths), target, made_with) for *paths, target in zip(ours, theirs, outputs)]
-    map_files(jobs, partial(Judge, config), config, "comparing")
-    for response_path, baseline_path, path in zip(ours, theirs, outputs):
-        names = {"responses": str(response_path), "baseline": str(baseline_path)}
-        summary = names | summarise(list(read_jsonl(path)), seed)
+    map_files([(partial(join_responses, ours, theirs), target, made_with) for ours, theirs, target in jobs],
+              partial(Judge, config), config, "comparing")
+    for ours, theirs, path in jobs:
+        summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(list(read_jsonl(path)), seed)
         write_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
         low, high = summary["win_rate_interval"]
         log.info("%s against %s: win rate %.1f %% [%.1f, %.1f], mean probability %.3f, %d prompts, %d ties",
-                 response_path, baseline_path, 100 * summary["win_rate"], 100 * low, 100 * high,
+                 ours, theirs, 100 * summary["win_rate"], 100 * low, 100 * high,
                  summary["mean_win_prob"], summary["num_prompts"], summary["num_ties"])
 
 
@@ -136,7 +147,6 @@ def summarise(comparisons, seed=0, num_bootstrap=10_000):
         num_prompts, num_ties, win_rate, win_rate_interval, mean_win_prob, mean_win_prob_interval, order_gap,
         mean_tokens and mean_characters ([response, baseline's]).
     """
-    import numpy as np
     probs = np.array([record["win_probs"][0][1] for record in comparisons])  # (N,)
     wins = (probs > 0.5) + 0.5 * (probs == 0.5)
     generator = np.random.default_rng(derive_seed("bootstrap", seed))
@@ -158,5 +168,155 @@ def summarise(comparisons, seed=0, num_bootstrap=10_000):
     }
 
 
+# ---------------------------------------------------------------------------------------------- matrix
+
+MEASURES = ("mean_win_prob", "win_rate")
+
+
+def matrix(responses: str, output: str, names: str = "", measure: str = "mean_win_prob", seed: int = 0,
+           **judge: JudgeConfig):
+    """All against all: every two sets of responses judged in both orders, and the game between them.
+
+    Does the last one win at least half against every other? What has been judged before, between the same responses by
+    the same judge, is not judged again.
+
+    Args:
+        responses: responses files to the same prompts, comma-separated, the last checkpoint last
+        output: result, ending in .json; the heat map goes beside it (.svg), the judgements to cells/
+        names: one a file, comma-separated; default: from the paths
+        measure: mean_win_prob, the game's payoff, or win_rate, the share of prompts with a probability above 1/2
+        seed: of the bootstrap
+    """
+    paths, target = file_lists(responses=responses)[0], Path(output)
+    labels = split_list(names) or short_names(paths)
+    if len(paths) < 2 or len(labels) != len(paths) or len(set(labels)) < len(labels):
+        raise StageError(f"--responses and --names should be as many, at least two, and names different; got {len(paths)} "
+                         f"files and the names {', '.join(labels)}")
+    if measure not in MEASURES or target.suffix != ".json":
+        raise StageError(f"--measure should be one of {', '.join(MEASURES)}, --output end in .json; got {measure}, {output}")
+    config = JudgeConfig(**judge)
+    made_with, prints = config.made_with(), [fingerprint(path) for path in paths]
+    cells = {}  # (i, j), i before j: the file of i's responses against j's
+    for i, j in itertools.combinations(range(len(paths)), 2):
+        name = text_id(dump_json([prints[i], prints[j], made_with]))
+        cells[i, j] = target.parent / "cells" / f"{name}.jsonl"
+    missing = {path: pair for pair, path in cells.items() if not path.with_suffix(".json").exists()}
+    log.info("%d comparisons, %d of them judged before", len(cells), len(cells) - len(missing))
+    if missing:
+        judge_responses([(paths[i], paths[j], path) for path, (i, j) in missing.items()], config, seed)
+    result = {"names": labels, "responses": list(map(str, paths)), "measure": measure,
+              **play(*win_probs_by_prompt(cells, len(paths)), measure, seed)}
+    heat_map(result, target.with_suffix(".svg"))
+    write_text(target, json.dumps(result, indent=2) + "\n")
+    print_matrix(result)
+
+
+def short_names(paths):
+    """What tells response files apart: exps/A/iter3/eval/responses.jsonl and exps/A/start/responses.jsonl -> iter3, start."""
+    stems = [re.sub("(/eval)?/responses$", "", str(path.with_suffix(""))).split("/") for path in paths]
+    common = len(os.path.commonprefix([stem[:-1] for stem in stems]))
+    return ["/".join(stem[common:]) for stem in stems]
+
+
+def win_probs_by_prompt(cells, count):
+    """P(i beats j) prompt by prompt, (K, K, N) with 1/2 on the diagonal, over the N prompts that every cell has, and N's
+    total number."""
+    found = {pair: {record["prompt_id"]: record["win_probs"][0][1] for record in read_jsonl(path)}
+             for pair, path in cells.items()}
+    everywhere = [prompt_id for prompt_id in next(iter(found.values()))
+                  if all(prompt_id in probs for probs in found.values())]
+    if not everywhere:
+        raise StageError("no prompt was judged in every comparison")
+    total = len(set().union(*found.values()))
+    probs = np.full((count, count, len(everywhere)), 0.5)
+    for (i, j), own in found.items():
+        probs[i, j] = [own[prompt_id] for prompt_id in everywhere]
+        probs[j, i] = 1 - probs[i, j]
+    return probs, total
+
+
+def play(probs, total, measure="mean_win_prob", seed=0, num_bootstrap=2_000):
+    """The empirical game of K players from their win probabilities a prompt.
+
+    Intervals are 95 % percentile bootstrap intervals; the prompts are drawn for all pairs together.
+
+    Args:
+        probs: (K, K, N), P(i beats j) on each prompt
+        total: prompts, those included that some comparison lacks
+
+    Returns:
+        num_prompts, num_left_out; win and win_interval (K x K, null on the diagonal); nash_mixture (K);
+        worst_case (K): {against, win, interval}; last_duality_gap: 2 (max_j P(j beats the last) - 1/2) over the earlier
+        ones, with last_duality_gap_interval: 0 or less where the last wins at least half against every other.
+    """
+    values = probs if measure == "mean_win_prob" else (probs > 0.5) + 0.5 * (probs == 0.5)  # (K, K, N)
+    count, num_prompts = len(values), values.shape[2]
+    win = values.mean(axis=2)  # (K, K)
+    generator = np.random.default_rng(derive_seed("matrix", seed))
+    draws = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_bootstrap) / num_prompts
+    drawn = values @ draws.T  # (K, K, num_bootstrap)
+    interval = lambda values: np.percentile(values, [2.5, 97.5], axis=-1)  # noqa: E731
+    low, high = interval(drawn)
+    others = np.where(np.eye(count, dtype=bool)[:, :, None], np.inf, drawn)
+    worst_low, worst_high = interval(others.min(axis=1))  # (K,)
+    off_diagonal = lambda entry: [[None if i == j else entry(i, j) for j in range(count)]  # noqa: E731
+                                  for i in range(count)]
+    worst = nash.worst_case(win)
+    return {
+        "num_prompts": num_prompts,
+        "num_left_out": total - num_prompts,
+        "win": off_diagonal(lambda i, j: float(win[i, j])),
+        "win_interval": off_diagonal(lambda i, j: [float(low[i, j]), float(high[i, j])]),
+        "nash_mixture": nash.nash_mixture(win).tolist(),
+        "worst_case": [{"against": j, "win": value, "interval": [float(worst_low[i]), float(worst_high[i])]}
+                       for i, (j, value) in enumerate(worst)],
+        "last_duality_gap": 1 - 2 * worst[-1][1],
+        "last_duality_gap_interval": [1 - 2 * float(worst_high[-1]), 1 - 2 * float(worst_low[-1])],
+    }
+
+
+def print_matrix(result):
+    """The matrix in per cent, each player's worst case and share in the Nash mixture, and the answer for the last one."""
+    names = result["names"]
+    width = max(8, *map(len, names)) + 1
+    print(f"\n{'row beats column':{width + 8}}" + "".join(f"{name:>{width}}" for name in names)
+          + f"{'worst':>9}{'Nash':>8}   ({result['measure']}, %, {result['num_prompts']} prompts)")
+    for name, row, worst, share in zip(names, result["win"], result["worst_case"], result["nash_mixture"]):
+        print(f"{name:{width + 8}}" + "".join(f"{'-' if p is None else f'{100 * p:.1f}':>{width}}" for p in row)
+              + f"{100 * worst['win']:9.1f}{share:8.3f}")
+    last, (low, high) = result["worst_case"][-1], result["worst_case"][-1]["interval"]
+    verdict = ("wins at least half against every other" if last["win"] >= 0.5 else
+               "may win half against every other: one half lies in the interval" if high >= 0.5 else
+               "does not win half against every other")
+    print(f"\n{names[-1]} {verdict}. Its worst: {100 * last['win']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] against "
+          f"{names[last['against']]}; duality gap against the others {result['last_duality_gap']:.3f}")
+
+
+def heat_map(result, path):
+    """The matrix as a picture: per cent that the row wins against the column, blue above one half, red below."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    names, count = result["names"], len(result["names"])
+    win = np.array([[0.5 if p is None else p for p in row] for row in result["win"]])
+    span = max(0.05, abs(win - 0.5).max())
+    size = 1.6 + 0.62 * count + 0.07 * max(map(len, names))
+    figure = Figure(figsize=(size, size * 0.9), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(win, cmap="RdBu", vmin=0.5 - span, vmax=0.5 + span)
+    for i, row in enumerate(result["win"]):
+        for j, p in enumerate(row):
+            dark = p is not None and abs(p - 0.5) > 0.6 * span
+            axes.text(j, i, "–" if p is None else f"{100 * p:.1f}", ha="center", va="center", fontsize=9,
+                      color="white" if dark else "black")
+    axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), names)
+    kind = "mean win probability" if result["measure"] == "mean_win_prob" else "win rate"
+    axes.set_title(f"{kind} of row against column, %\n{result['num_prompts']} prompts, both orders", fontsize=10)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    with atomic_file(path) as file, matplotlib.rc_context({"svg.hashsalt": "matrix"}):  # the same bytes each time
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    run(generate, compare, alpaca_eval)
+    run(generate, compare, matrix, alpaca_eval)

@@ -4,13 +4,16 @@
 """
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import eval
 from conftest import LengthJudge
-from eval import join_responses, summarise
-from game import PREFERENCE, START, duality_gap
+from eval import join_responses, play, short_names, summarise
+from game import PREFERENCE, START
+from nash import duality_gap
 from utils import StageError, read_jsonl
 
 
@@ -129,6 +132,68 @@ def test_compare_refuses_an_output_that_its_summary_would_replace(some_model, js
         compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.json")
 
 
+# ---- matrix ----
+
+
+@pytest.mark.parametrize("paths, names", [
+    (["exps/A/start/responses.jsonl", "exps/A/iter3/eval/responses.jsonl"], ["start", "iter3"]),
+    (["exps/A/iter3/eval/responses.jsonl", "exps/B/iter3/eval/responses.jsonl"], ["A/iter3", "B/iter3"]),
+    (["x.jsonl", "y.jsonl"], ["x", "y"])])
+def test_short_names_tell_paths_apart(paths, names):
+    assert short_names([Path(path) for path in paths]) == names
+
+
+def test_play_by_hand():
+    # Four prompts; the cycle 0 > 1 > 2 > 0 won by 3/4, 3/4 and 1/2 + 1/8 = 5/8.
+    probs = np.full((3, 3, 4), 0.5)
+    for i, j, values in ((0, 1, [1, 1, 0.5, 0.5]), (1, 2, [0.75] * 4), (2, 0, [1, 0.5, 0.5, 0.5])):
+        probs[i, j], probs[j, i] = values, 1 - np.array(values)
+    found = play(probs, 5, num_bootstrap=500)
+    assert (found["num_prompts"], found["num_left_out"]) == (4, 1)
+    assert found["win"] == [[None, 0.75, 0.375], [0.25, None, 0.75], [0.625, 0.25, None]]
+    assert found["win_interval"][1][2] == [0.75, 0.75] and found["win_interval"][0][1][0] < 0.75 < found["win_interval"][0][1][1]
+    assert [(worst["against"], worst["win"]) for worst in found["worst_case"]] == [(2, 0.375), (0, 0.25), (1, 0.25)]
+    # Margins a = 1/4 (0 over 1), b = 1/4 (1 over 2), c = 1/8 (2 over 0): the mixture is (b, c, a)/(a + b + c).
+    assert found["nash_mixture"] == pytest.approx([0.4, 0.2, 0.4])
+    assert found["last_duality_gap"] == 0.5 and found["last_duality_gap_interval"] == [0.5, 0.5]
+    counted = play(probs, 4, "win_rate", num_bootstrap=10)
+    assert counted["win"] == [[None, 0.75, 0.375], [0.25, None, 1], [0.625, 0, None]]
+    assert play(probs, 4, seed=1, num_bootstrap=9) == play(probs, 4, seed=1, num_bootstrap=9)
+
+
+def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(eval, "Judge", LengthJudge)
+    (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
+    files = [str(jsonl(f"{name}.jsonl", *(response(p, p * length, prompt) for p, prompt in (("p", "x"), ("q", prompt)))))
+             for name, length, prompt in (("short", 1, "y"), ("middle", 2, "y"), ("long", 3, "y"))]
+    again = dict(judge=some_model, template=str(tmp_path / "t.txt"), gpus="none")
+    with caplog.at_level("INFO"):
+        eval.matrix(",".join(files[:2]), str(tmp_path / "m/two.json"), **again)
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "m/cells").iterdir()}
+        eval.matrix(",".join(files), str(tmp_path / "m/three.json"), **again)
+    assert "1 comparisons, 0 of them judged before" in caplog.text
+    assert "3 comparisons, 1 of them judged before" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2
+    found = json.loads((tmp_path / "m/three.json").read_text())
+    assert found["names"] == ["short", "middle", "long"]
+    assert found["win"] == [[None, 0.25, 0.25], [0.75, None, 0.25], [0.75, 0.75, None]]
+    assert found["nash_mixture"] == pytest.approx([0, 0, 1])
+    assert "long wins at least half against every other. Its worst: 75.0 %" in capsys.readouterr().out
+    assert (tmp_path / "m/three.svg").read_text().startswith("<?xml")
+    jsonl("long.jsonl", response("p", "p", "x"), response("q", "q", "y"))  # other responses: judged anew
+    eval.matrix(",".join(files), str(tmp_path / "m/three.json"), **again)
+    assert json.loads((tmp_path / "m/three.json").read_text())["win"][2] == [0.5, 0.25, None]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"names": "a"}, "names different"), ({"names": "a,a"}, "names different"), ({"measure": "wins"}, "--measure should be"),
+    ({"output": "m"}, "--output end in .json")])
+def test_matrix_refuses(some_model, jsonl, flags, message):
+    files = ",".join(str(jsonl(name, response("p", "p"))) for name in ("x.jsonl", "y.jsonl"))
+    with pytest.raises(StageError, match=message):
+        eval.matrix(**{"responses": files, "output": "m.json", "judge": some_model, "gpus": "none"} | flags)
+
+
 # ---- The demo's game ----
 
 
@@ -145,4 +210,4 @@ def test_preference_of_the_game_is_zero_sum():
     (START, 0.56),  # the sea: 0.9 * 0.8 + 0.5 * 0.1 + 0.1 * 0.1 = 0.78: 2 * 0.28
 ])
 def test_duality_gap_values(policy, gap):
-    assert duality_gap(policy) == pytest.approx(gap, abs=1e-12)
+    assert duality_gap(policy, PREFERENCE) == pytest.approx(gap, abs=1e-12)

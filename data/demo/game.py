@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from nash import duality_gap  # noqa: E402
 from utils import jsonl_writer, run, write_text  # noqa: E402
 from vllm_model import fill_template, read_template  # noqa: E402
 
@@ -135,11 +136,6 @@ def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per
 
 # ---------------------------------------------------------------------------------------------- what came of it
 
-def duality_gap(policy):
-    """`2 (max_y P(y > policy) - 1/2)`: 0 at the Nash policy, at most 1. `policy`: three probabilities."""
-    return 2 * (max(sum(p * q for p, q in zip(row, policy)) for row in PREFERENCE) - 0.5)
-
-
 def answer_probabilities(checkpoint, prompts):
     """Exact probability of each of the three answers, end token included: one list of three a prompt."""
     import torch
@@ -163,7 +159,8 @@ def describe(checkpoint):
     normalised = [[p / mass for p in row] for row, mass in zip(rows, masses)]
     mean = [sum(column) / len(rows) for column in zip(*normalised)]
     return {"distribution": mean, "other": 1 - sum(masses) / len(masses),
-            "duality_gap": sum(map(duality_gap, normalised)) / len(rows), "duality_gap_of_mean": duality_gap(mean)}
+            "duality_gap": sum(duality_gap(policy, PREFERENCE) for policy in normalised) / len(rows),
+            "duality_gap_of_mean": duality_gap(mean, PREFERENCE)}
 
 
 def measure(start, checkpoints):
