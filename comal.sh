@@ -72,6 +72,7 @@ ON_ERROR=${ON_ERROR:-fail}                              # a record that kills it
 STALL_TIMEOUT=${STALL_TIMEOUT:-1800}                    # seconds without progress until a worker is replaced; 0: never
 SAVE_STEPS=${SAVE_STEPS:-200}                           # updates between points where training can go on; 0: none
 KEEP_CKPTS=${KEEP_CKPTS:-all}                           # all, rounds (each round's last), last (what is still needed)
+REPORT_TO=${REPORT_TO:-tensorboard}                     # training curves: tensorboard, wandb, both by comma, or none
 # ------------------------------------------------------------------------------------------------ end of settings
 
 method_settings() {
@@ -268,6 +269,7 @@ train() {
     --gradient_checkpointing "$GRADIENT_CHECKPOINTING" \
     --select "$SELECT" \
     --save_steps "$SAVE_STEPS" \
+    --report_to "$REPORT_TO" \
     --seed $((SEED * 1000 + i))
   [[ -n $plan ]] || rm -rf "$iter"/ckpt/{resume,best}-*
 }

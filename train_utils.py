@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from data_utils import load_tokenizer
 from losses import sequence_logps
 from utils import (StageError, check_input, check_made_with, check_weights, die_with_parent, dump_json, fingerprint,
-                   log, model_fingerprint, resolve_model, sync, write_text)
+                   log, model_fingerprint, resolve_model, split_list, sync, write_text)
 
 
 @dataclass
@@ -51,6 +52,8 @@ class TrainingConfig:
         keep_last: keep the final weights beside the best ones, in last/
         start_tolerance: nats by which the stored log-probabilities of the last policy may differ from this
             model's before training; 0 chooses 0.05 in float32 and 3 in bfloat16
+        report_to: where each step's figures go besides metrics.jsonl: tensorboard (<output>/tensorboard), wandb (if
+            installed), both comma-separated, or none
         seed: of the data order and of random weights
     """
 
@@ -75,6 +78,7 @@ class TrainingConfig:
     save_steps: int = 200
     keep_last: bool = False
     start_tolerance: float = 0.0
+    report_to: str = "tensorboard"
     seed: int = 0
 
     def __post_init__(self):
@@ -87,11 +91,19 @@ class TrainingConfig:
             raise StageError(f"--select should be best or last, got {self.select}")
         if not 0 <= self.warmup_ratio <= 1:
             raise StageError(f"--warmup_ratio should be between 0 and 1, got {self.warmup_ratio}")
+        for tracker in self.trackers():
+            if tracker not in ("tensorboard", "wandb"):
+                raise StageError(f"--report_to should be none, tensorboard or wandb, got {tracker}")
+            if find_spec(tracker) is None:
+                raise StageError(f"--report_to {tracker}: it is not installed (pip install {tracker})")
+
+    def trackers(self):
+        return [] if self.report_to == "none" else split_list(self.report_to)
 
 
 # ---------------------------------------------------------------------------------------------- models
 
-def start_accelerator(seed):
+def start_accelerator(seed, **settings):
     """The Accelerator of this process, as `accelerate launch` or its absence says; seeds all generators.
 
     Under FSDP 2 parameters are computed with in bfloat16, but gradients are reduced and outputs returned in
@@ -101,7 +113,7 @@ def start_accelerator(seed):
     from accelerate.utils import DistributedType, set_seed
     if "LOCAL_RANK" in os.environ:
         die_with_parent()  # the launcher
-    accelerator = Accelerator()
+    accelerator = Accelerator(**settings)
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision == "bf16":
         from torch.distributed.fsdp import MixedPrecisionPolicy
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -199,7 +211,7 @@ def publish(temporary, target):
 # Settings with which an unfinished run may go on although they differ. The contents of the four paths are compared
 # instead, except the tokenizer's.
 MAY_CHANGE = {"output", "micro_batch_size", "gradient_checkpointing", "save_steps", "start_tolerance",
-              "model", "tokenizer", "input", "validation"}
+              "report_to", "model", "tokenizer", "input", "validation"}
 
 
 def train(compute_loss, config, dataset_class, **method):
@@ -243,7 +255,8 @@ class Trainer:
         for path in filter(None, (config.input, config.validation)):
             check_input(path)
         self.tokenizer = load_tokenizer(config.model, config.tokenizer)
-        self.accelerator = start_accelerator(config.seed)
+        self.accelerator = start_accelerator(config.seed, log_with=config.trackers() or None,
+                                             project_dir=self.output / "tensorboard")
         self.made_with = self.what_the_result_depends_on()
         resumed = self.find_resume_point()
         vocab_size = vocabulary_size(config.model)
@@ -270,6 +283,10 @@ class Trainer:
                 elif path.name != "metrics.jsonl":  # by which `check_output` knows the directory
                     path.unlink()
             self.metrics_file = open(self.output / "metrics.jsonl", "w", encoding="utf-8")
+        if config.trackers():
+            self.accelerator.init_trackers("comal", init_kwargs={
+                "tensorboard": {"purge_step": self.start_step + 1},
+                "wandb": {"name": str(self.output), "config": self.settings}})
         self.describe()
 
     def describe(self):
@@ -510,6 +527,7 @@ class Trainer:
         try:
             self.metrics_file.write(dump_json(record) + "\n")
             self.metrics_file.flush()
+            self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
         except OSError as error:
             kept = max(self.resume_points(), default=0)
             raise StageError(f"{self.output / 'metrics.jsonl'}: {error.strerror}; free some space and start again: "

@@ -45,8 +45,8 @@ seen = {}
 class FSDPAccelerator(accelerate.Accelerator):
     """What `Accelerator()` is on GPUs under fsdp_config.yaml; notes what becomes of the model."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **settings):
+        super().__init__(**settings)
         plugin = FullyShardedDataParallelPlugin()
         if self.mixed_precision != "no":
             plugin.set_mixed_precision(self.mixed_precision)

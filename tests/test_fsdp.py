@@ -165,7 +165,7 @@ def test_fsdp_gathers_a_checkpoint_that_transformers_loads(fsdp, setting):
         model = load(output / "model")
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
-        assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json"}
+        assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
 
 
 def test_fsdp_trains_models_with_a_head_of_their_own_and_from_random_weights(fsdp, setting, single_process, tmp_path):
@@ -211,7 +211,7 @@ def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(fsdp, outputs, select):
         assert column(stopped.output, name) == column(whole.output, name), name
     first, second = ((run.output / "model/model.safetensors").read_bytes() for run in (stopped, whole))
     assert first == second
-    assert {path.name for path in stopped.output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json"}
+    assert {path.name for path in stopped.output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
 
 
 def test_fsdp_refuses_in_all_processes_what_one_of_them_has_seen(fsdp):

@@ -153,7 +153,7 @@ def test_training_starts_at_the_last_policy_and_its_loss_falls(train, setting, c
 
 def test_metrics_and_files_of_a_checkpoint(train, setting):
     output = train(max_grad_norm=1.0, global_batch_size=4, num_epochs=2)
-    assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json"}
+    assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
     steps = read(output / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     for step in steps:
@@ -266,7 +266,7 @@ def test_first_loss_of_every_method_by_hand(train, setting, method, soft):
 RESUMED = dict(eta=ETA, tau_eta_ratio=R, global_batch_size=6, micro_batch_size=3, num_epochs=4, learning_rate=3e-5,
                max_grad_norm=1.0, save_steps=3)
 LINES = 12  # of metrics.jsonl: 8 updates, 4 validations
-FILES = {"model", "DONE", "metrics.jsonl", "training.json"}
+FILES = {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
 
 
 def start(output, **flags):
@@ -391,13 +391,14 @@ def test_a_stop_between_the_weights_and_the_marker_is_mended(undisturbed, train,
 
 def test_only_the_newest_resume_point_and_the_best_weights_are_kept(undisturbed, stopped, tmp_path):
     stopped("update", 8, **undisturbed["swapped"].flags)
-    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"resume-6", "best-2", "metrics.jsonl", "training.json"}
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"resume-6", "best-2", "metrics.jsonl", "training.json",
+                                                                "tensorboard"}
 
 
 def test_without_resume_points_training_begins_again(undisturbed, train, stopped, tmp_path):
     run = undisturbed["best"]
     stopped("update", 6, **(run.flags | {"save_steps": 0}))
-    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"best-4", "metrics.jsonl", "training.json"}
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"best-4", "metrics.jsonl", "training.json", "tensorboard"}
     check_same_result(train(**(RESUMED | run.flags | {"save_steps": 0})), run.output)
 
 
@@ -464,9 +465,24 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_later(undisturbed, tmp_pat
     first, second = done.stdout.split("first exit code ")
     assert "resume-3 could not be saved: " in first and "MiB free there); free some space and start again: " in first
     assert "all up to update 2 is kept" in first and "Traceback" not in first
-    assert second.startswith("1: best-2 metrics.jsonl resume-2 training.json\n")
+    assert second.startswith("1: best-2 metrics.jsonl resume-2 tensorboard training.json\n")
     assert "resuming after step 2 of 8" in second and "second exit code 0" in second
     check_same_result(tmp_path / "disk-result", run.output)
+
+
+def test_tensorboard_has_the_figures_of_the_metrics(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    output = train()
+    events = EventAccumulator(str(output / "tensorboard/comal"))
+    events.Reload()
+    for name in ("loss", "margin", "kl_last", "learning_rate"):
+        found = events.Scalars(name)
+        assert [event.value for event in found] == pytest.approx(column(output, name), rel=1e-6)
+        assert [event.step for event in found] == column(output, "step")
+    assert not (train(report_to="none", output="without") / "tensorboard").exists()
+    for value, message in (("wandb", "it is not installed"), ("tensorbord", "should be none, tensorboard or wandb")):
+        with pytest.raises(StageError, match=message):
+            train(report_to=value, output=value)
 
 
 def test_a_full_disk_under_the_metrics_is_a_message(train, tmp_path):
