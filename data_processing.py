@@ -1,8 +1,9 @@
-"""Build preference pairs from scores, and prepare prompt sets and SFT data.
+"""Build preference pairs from scores, prepare prompt sets and SFT data, and import preference data.
 
     python data_processing.py make_pairs --input train.scores.jsonl --output train.pairs.jsonl
     python data_processing.py make_prompts --output_dir data/prompts
     python data_processing.py make_sft --output data/sft.jsonl --validation_output data/sft_test.jsonl
+    python data_processing.py import_pairs --output pairs.jsonl --dataset trl-lib/ultrafeedback_binarized
 
 `make_pairs` writes one pair a prompt, in TRL's conversational preference format with what our training needs beside it:
     prompt_id                            str, the key
@@ -16,6 +17,7 @@
 """
 
 import hashlib
+import itertools
 import random
 from collections import Counter
 from contextlib import ExitStack
@@ -265,5 +267,61 @@ def length_filter(tokenizer, max_length):
                              len(encode_text(loaded, messages[-1]["content"])) + 1 <= max_length)
 
 
+# ---------------------------------------------------------------------------------------------- pairs from elsewhere
+
+def import_pairs(output: str, local_file: str = "", dataset: str = "trl-lib/ultrafeedback_binarized", split: str = "train"):
+    """Turn a preference data set in one of TRL's formats into pairs that get_logprobs.py takes.
+
+    `chosen` and `rejected` are answers, as text or messages, beside a `prompt`, or whole conversations that differ in
+    their last message. Other rows, and pairs of the same answer, are left out and counted.
+
+    Args:
+        output: pairs file
+        local_file: .jsonl, .json or .parquet file of the same format, instead of the Hub
+        dataset: Hub data set
+        split: its split
+    """
+    rows, counts = load_rows(dataset, split, local_file), Counter()
+    missing = {"chosen", "rejected"} - set(rows.column_names)
+    if missing:
+        raise StageError(f"{local_file or dataset} has no column {' nor '.join(sorted(missing))}; "
+                         f"it has {', '.join(rows.column_names)}")
+    with jsonl_writer(output) as write:
+        for number, row in enumerate(tqdm(rows, desc="pairs", unit="pair")):
+            pair, left_out = as_pair(row)
+            counts[left_out or "pairs"] += 1
+            if pair:
+                write({"prompt_id": str(number)} | pair)
+        if not counts["pairs"]:
+            raise StageError(f"{local_file or dataset}: no usable pair in {len(rows)} rows ({dict(counts)})")
+    log.info("%s: %s", output, ", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+def as_pair(row):
+    """({prompt, chosen, rejected} as lists of messages, None) from a row, or (None, why there is none)."""
+    try:
+        chosen, rejected = as_messages(row["chosen"], "assistant"), as_messages(row["rejected"], "assistant")
+        if chosen == rejected:
+            return None, "identical responses"
+        common = len(list(itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected))))
+        prompt = chosen[:common] or as_messages(row.get("prompt"), "user")
+    except (TypeError, KeyError):
+        return None, "without a prompt and two answers"
+    pair = {"prompt": prompt, "chosen": chosen[common:], "rejected": rejected[common:]}
+    roles = [[message["role"] for message in pair[name][-2:]] for name in ("chosen", "rejected")]
+    if roles != [["assistant"], ["assistant"]] or not prompt or prompt[-1]["role"] != "user":
+        return None, "without a prompt and two answers"
+    if not all(isinstance(message["content"], str) and message["content"] for part in pair.values() for message in part):
+        return None, "empty or without text"
+    return pair, None
+
+
+def as_messages(value, role):
+    """Messages with role and content alone; text is one message of `role`. Raises TypeError, KeyError for anything else."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
 if __name__ == "__main__":
-    run(make_pairs, make_prompts, make_sft)
+    run(make_pairs, make_prompts, make_sft, import_pairs)

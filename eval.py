@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import nash
+from export import export_files
 from utils import (StageError, atomic_file, derive_seed, dump_json, file_lists, fingerprint, jsonl_writer, log, read_jsonl,
                    read_prompts, run, split_list, text_id, write_text)
 from vllm_model import Judge, JudgeConfig, Sampler, SamplerConfig
@@ -318,5 +319,21 @@ def heat_map(result, path):
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
+# ---------------------------------------------------------------------------------------------- other tools
+
+def export(format: str, input: str, output: str, name: str = ""):
+    """Write responses, pairs or a checkpoint in another tool's format.
+
+    Args:
+        format: alpaca_eval (responses -> model outputs), hf (pairs -> a data set folder) or hub (checkpoint -> a folder
+            with a model card, ready for `hf upload`)
+        input: file(s), comma-separated, or the checkpoint
+        output: file (alpaca_eval) or new folder
+        name: of the model or data set; default: from the path
+    """
+    export_files(format, split_list(input), output, name)
+    log.info("%s: written", output)
+
+
 if __name__ == "__main__":
-    run(generate, compare, matrix, alpaca_eval)
+    run(generate, compare, matrix, export, alpaca_eval)

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from data_processing import PAIR_RULES, first_exchange, make_pair, make_pairs, make_prompts, make_sft, mean_win_probs
+from data_processing import (PAIR_RULES, as_pair, first_exchange, import_pairs, make_pair, make_pairs, make_prompts,
+                             make_sft, mean_win_probs)
 from data_utils import ChatDataset, encode_prompt, encode_text
 from utils import StageError, read_jsonl, text_id
 
@@ -329,3 +330,51 @@ def test_make_sft_refuses_one_file_for_two_purposes(jsonl, tmp_path):
         with pytest.raises(StageError):
             make_sft(str(tmp_path / output), str(tmp_path / validation), str(rows), num_validation=4)
     assert rows.read_text() == before and list(tmp_path.iterdir()) == [rows]
+
+
+# ---- import_pairs ----
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "p", "chosen": "a", "rejected": "b"},
+    {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+    {"prompt": "p", "chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
+    {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")], "score": 3}])
+def test_as_pair_reads_every_form(row):
+    assert as_pair(row) == ({"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, None)
+
+
+def test_as_pair_keeps_the_turns_before():
+    turns = [user("p"), assistant("x"), user("q")]
+    assert as_pair({"chosen": turns + [assistant("a")], "rejected": turns + [assistant("b")]})[0]["prompt"] == turns
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical responses"),
+    ({"chosen": "Human: a", "rejected": "Human: b"}, "without a prompt and two answers"),
+    ({"prompt": "p", "chosen": None, "rejected": "b"}, "without a prompt and two answers"),
+    ({"prompt": [assistant("p")], "chosen": "a", "rejected": "b"}, "without a prompt and two answers"),
+    ({"chosen": [user("p"), assistant("a"), user("c")], "rejected": [user("p"), assistant("b")]},
+     "without a prompt and two answers"),
+    ({"prompt": "p", "chosen": "", "rejected": "b"}, "empty or without text")])
+def test_as_pair_leaves_out(row, reason):
+    assert as_pair(row) == (None, reason)
+
+
+def test_import_pairs_writes_what_get_logprobs_reads(jsonl, tmp_path, tokenizers):
+    from data_utils import UnscoredPairDataset
+    source = jsonl("rows.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b"},
+                   {"prompt": "p", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    import_pairs(str(tmp_path / "pairs.jsonl"), str(source))
+    dataset = UnscoredPairDataset(tmp_path / "pairs.jsonl", tokenizers["policy"], 100, 664)
+    assert dataset.ids == ["0", "2"] and dataset[1]["win_prob"] == 1.0
+    with pytest.raises(StageError, match="has no column rejected"):
+        import_pairs(str(tmp_path / "none.jsonl"), str(jsonl("bad.jsonl", {"chosen": "a"})))
