@@ -1,6 +1,6 @@
 """What leaves the pipeline for other tools: `eval.py export --format alpaca_eval | hf | hub`.
 
-alpaca_eval  responses file(s) -> one JSON file of model outputs, `[{instruction, output, generator, dataset}]`
+alpaca_eval  responses file(s) -> one JSON file of model outputs, `[{instruction, output, generator}]`
 hf           pairs file(s) -> a folder that `datasets.load_dataset` reads and TRL trains on, one split a file
 hub          checkpoint -> a folder with the model and its card, ready for `hf upload`
 """
@@ -32,12 +32,11 @@ def _one(inputs, format):
 
 
 def alpaca_eval(inputs, output, name):
-    """AlpacaEval's model outputs. Its `dataset` is in the prompt file that eval.py makes; ours do not carry it on."""
+    """AlpacaEval's model outputs, which it joins with the reference's on the instruction."""
     source = _one(inputs, "alpaca_eval")
     check_input(source)
     name = name or source.parent.parent.name
-    rows = [{"instruction": record["prompt"], "output": record["samples"][0]["text"], "generator": name,
-             "dataset": "alpaca_eval"}
+    rows = [{"instruction": record["prompt"], "output": record["samples"][0]["text"], "generator": name}
             for record in read_jsonl(source, {"prompt": str, "samples": list})]
     write_text(output, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 

@@ -19,7 +19,7 @@ def test_alpaca_eval_outputs(jsonl, tmp_path):
     source = jsonl("responses.jsonl", {"prompt_id": "1", "prompt": "é\u2028?", "samples": [{"text": "yes", "token_ids": [1]}]})
     export("alpaca_eval", str(source), str(tmp_path / "outputs.json"), "mine")
     assert json.loads((tmp_path / "outputs.json").read_text()) == [
-        {"instruction": "é\u2028?", "output": "yes", "generator": "mine", "dataset": "alpaca_eval"}]
+        {"instruction": "é\u2028?", "output": "yes", "generator": "mine"}]
 
 
 def test_hf_loads_as_a_data_set_with_all_columns(jsonl, tmp_path):
