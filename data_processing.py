@@ -25,8 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import (StageError, check_input, derive_seed, file_lists, jsonl_writer, log, read_prompts, read_scores, run,
-                   split_list, text_id)
+from utils import (StageError, are_messages, check_at_least, check_input, check_output_file, derive_seed, file_lists,
+                   first_line, jsonl_writer, log, read_prompts, read_scores, run, split_list, text_id)
 
 
 # ---------------------------------------------------------------------------------------------- pairs
@@ -132,14 +132,18 @@ def load_rows(source, split, local):
         try:
             return load_dataset(source, split=split)
         except Exception as error:  # `datasets` raises many kinds; all mean that there is no data
-            raise StageError(f"data set {source}: the Hub did not provide it ({str(error).splitlines()[0]}); "
+            raise StageError(f"data set {source}: the Hub did not provide it ({first_line(error)}); "
                              "give a local file of the same format with --local_file") from None
-    check_input(local)
     kind = "parquet" if local.endswith(".parquet") else "json"
+    check_input(local, also="a Parquet file" if kind == "parquet" else "")
     try:
+        if kind == "json":
+            with open(local, encoding="utf-8") as file:  # Arrow meets bytes that are no text only when they are used
+                for _ in file:
+                    pass
         return load_dataset(kind, data_files=local, split="train")
     except Exception as error:
-        raise StageError(f"{local}: not readable as {kind} ({str(error).splitlines()[0]})") from None
+        raise StageError(f"{local}: not readable as {kind} ({first_line(error.__cause__ or error)})") from None
 
 
 def shuffle_key(seed, text):
@@ -169,16 +173,24 @@ def make_prompts(
         exclude: prompt file(s), comma-separated, whose prompts must not occur
         seed: the same seed gives the same splits
     """
-    if num_splits < 1:
-        raise StageError(f"--num_splits should be at least 1, got {num_splits}")
+    check_at_least(1, num_splits=num_splits)
+    check_at_least(0, num_test=num_test)
+    if not output_dir:
+        raise StageError("--output_dir should name a directory")
     names = [f"train_{i}" for i in range(num_splits)]
     stale = [path for path in Path(output_dir).glob("train_*.jsonl") if path.stem not in names]
     if stale:
         raise StageError(f"{output_dir} holds {stale[0].name} of another number of splits; remove its files first")
-    excluded = {record["prompt"].strip() for path in split_list(exclude) for record in read_prompts(path)}
+    excluded = set()
+    for path in split_list(exclude):
+        check_input(path)
+        excluded |= {record["prompt"].strip() for record in read_prompts(path)}
     rows = load_rows(dataset, "train", local_file)
     if field not in rows.column_names:
         raise StageError(f"{local_file or dataset} has no column {field!r}; it has {', '.join(rows.column_names)}")
+    wrong = next((value for value in rows[field] if not isinstance(value, (str, type(None)))), None)
+    if wrong is not None:
+        raise StageError(f"{local_file or dataset}: column {field!r} should be text, found {type(wrong).__name__}")
     texts = [text.strip() for text in rows[field] if text]
     unique = sorted({text for text in texts if text} - excluded, key=lambda text: (shuffle_key(seed, text), text))
     if len(unique) < num_test + num_splits:
@@ -221,6 +233,10 @@ def make_sft(
         limit: at most so many examples, 0 for all
         seed: the same seed gives the same split
     """
+    check_at_least(1, num_validation=num_validation)
+    check_at_least(0, limit=limit)
+    check_output_file("output", output)
+    check_output_file("validation_output", validation_output)
     paths = [Path(path).resolve() for path in (output, validation_output, local_file) if path]
     if len(set(paths)) < len(paths):
         raise StageError("--output, --validation_output and --local_file should be different files")
@@ -230,6 +246,9 @@ def make_sft(
     fits = length_filter(tokenizer, max_length)
     counts, kept = Counter(), []  # (shuffle key, row): the rows themselves stay on disk
     for number, row in enumerate(tqdm(rows, desc="chats", unit="chat")):
+        if not are_messages(row["messages"]):
+            raise StageError(f"{local_file or dataset}, row {number + 1}: messages should be messages of {{role, content}}, "
+                             f"got {repr(row['messages'])[:200]}")
         messages = first_exchange(row["messages"])
         what = "without an answer" if not messages else "examples" if fits(messages) else f"longer than {max_length} tokens"
         counts[what] += 1

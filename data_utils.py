@@ -3,15 +3,14 @@
 import functools
 import itertools
 import json
-import math
 import re
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from utils import (StageError, check_probability, check_token_ids, resolve_model, resolve_tokenizer, scan_jsonl,
-                   text_id)
+from utils import (StageError, are_messages, check_probability, check_token_ids, first_line, resolve_model,
+                   resolve_tokenizer, scan_jsonl, text_id)
 
 # ---------------------------------------------------------------------------------------------- tokenizers
 
@@ -22,21 +21,31 @@ def load_tokenizer(model, tokenizer=""):
     """
     from transformers import AutoTokenizer
     source = resolve_tokenizer(model, tokenizer)
+    if Path(source).is_dir() and not has_tokenizer(source):  # of some models transformers would make up an empty one
+        raise StageError(f"no tokenizer in {source}; name one with --tokenizer (--judge_tokenizer)")
     try:
         loaded = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise StageError(f"no tokenizer in {source} ({str(error).splitlines()[0]}); name one with "
+        raise StageError(f"no tokenizer in {source} ({first_line(error)}); name one with "
                          "--tokenizer (--judge_tokenizer)") from None
     if not loaded.chat_template:
         raise StageError(f"the tokenizer of {source} has no chat template; name another one with --tokenizer")
+    try:
+        end_token_id(loaded)
+    except Exception as error:  # Jinja's, and whatever a template raises
+        raise StageError(f"the chat template of {source} does not work: {first_line(error)}") from None
     directory = resolve_model(model)
-    if tokenizer and any(Path(directory, name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if tokenizer and has_tokenizer(directory):
         own = {number: token for token, number in AutoTokenizer.from_pretrained(directory).get_vocab().items()}
         for token, number in sorted(loaded.get_vocab().items(), key=lambda item: item[1]):
             if own.get(number, token) != token:
                 raise StageError(f"{tokenizer} is not the tokenizer of {model}: id {number} is {token!r} there and "
                                  f"{own[number]!r} here; leave it out, or name the one that the model was trained with")
     return loaded
+
+
+def has_tokenizer(directory):
+    return any(Path(directory, name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 # ---------------------------------------------------------------------------------------------- chat encoding
@@ -120,6 +129,11 @@ class JsonlDataset(Dataset):
         """Validate one record; return its id and its weight."""
         return record.get("prompt_id"), 1.0
 
+    @property
+    def where(self):
+        """Which record `check` is looking at."""
+        return f"{self.path}, record {len(self.offsets) + 1}"
+
     def __len__(self):
         return len(self.offsets)
 
@@ -138,9 +152,7 @@ TOKENIZER_CHECKS = 100  # records of a file whose token ids are compared with th
 
 
 def check_text(where, tokenizer, messages, ids):
-    """Raise StageError unless the response's token ids stand for its text, where the record has one."""
-    if messages is None:
-        return
+    """Raise StageError unless the response's token ids stand for its text."""
     text, decoded = messages[-1]["content"], tokenizer.decode(ids, skip_special_tokens=True)
     if decoded != text:
         raise StageError(f"{where}: the token ids are not those of the text under this tokenizer ({decoded[:40]!r} for "
@@ -164,12 +176,15 @@ class PairDataset(JsonlDataset):
         where = f"{self.path}, prompt_id {record['prompt_id']}"
         for side in ("chosen", "rejected"):
             check_tokens(self.path, record, f"{side}_token_ids", self.vocab_size, self.max_length)
-            if len(self.offsets) < TOKENIZER_CHECKS:
-                check_text(where, self.tokenizer, record.get(side), record[f"{side}_token_ids"])
+            if record.get(side) is not None:
+                check_messages(where, side, record[side], "assistant", alone=True, may_be_empty=True)
+                if len(self.offsets) < TOKENIZER_CHECKS:
+                    check_text(where, self.tokenizer, record[side], record[f"{side}_token_ids"])
         check_probability(where, "win_prob", record.get("win_prob", 1.0))
         for name in LOGP_FIELDS:
-            if name in record and not -math.inf < record[name] <= 1e-3:  # rounding may lift a certain token above 0
-                raise StageError(f"{where}: {name} should be a log-probability, 0 or less, got {record[name]}")
+            # Rounding may lift a certain token above 0.
+            if name in record and not (type(record[name]) in (int, float) and -1e30 < record[name] <= 1e-3):
+                raise StageError(f"{where}: {name} should be a log-probability, 0 or less, got {repr(record[name])[:100]}")
         return record["prompt_id"], 1.0
 
     def collate(self, records):
@@ -184,7 +199,7 @@ class PairDataset(JsonlDataset):
         batch = collate_sequences(sequences, self.pad_id)
         batch["win_prob"] = torch.tensor([r.get("win_prob", 1.0) for r in records], dtype=torch.float32)
         for name in LOGP_FIELDS:
-            if name in records[0]:
+            if all(name in record for record in records):
                 batch[f"{name}s"] = torch.tensor([r[name] for r in records], dtype=torch.float32)
         batch["prompt_ids"] = [r["prompt_id"] for r in records]
         return batch
@@ -200,24 +215,30 @@ class UnscoredPairDataset(PairDataset):
     fields = {"prompt": list, "chosen": list, "rejected": list}
 
     def __init__(self, path, tokenizer, max_length, vocab_size):
-        self.tokenizer, self.end_id = tokenizer, end_token_id(tokenizer)
+        self.tokenizer, self.end_id, self.seen = tokenizer, end_token_id(tokenizer), set()
         super().__init__(path, tokenizer, max_length, vocab_size)
 
     def check(self, record):
-        return super().check(self.complete(record))
+        record = self.complete(record)
+        if record["prompt_id"] in self.seen:
+            raise StageError(f"{self.where}: prompt_id {record['prompt_id']!r} (made from the text where the file has none) "
+                             "occurs a second time")
+        self.seen.add(record["prompt_id"])
+        return super().check(record)
 
     def __getitem__(self, index):
         return self.complete(super().__getitem__(index))
 
     def complete(self, record):
         ids = [name for name in PAIR_FIELDS if name.endswith("token_ids") and name in record]
-        if len(ids) == 3 and "prompt_id" in record:
-            return record
-        if ids:
-            raise StageError(f"{self.path}: a record has {', '.join(ids)} but not all of {', '.join(PAIR_FIELDS)}; "
+        has_ids = len(ids) == 3 and "prompt_id" in record
+        if ids and not has_ids:
+            raise StageError(f"{self.where} has {', '.join(ids)} but not all of {', '.join(PAIR_FIELDS)}; "
                              "give all of them, or text alone")
         for name, last in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-            check_messages(self.path, name, record[name], last, alone=name != "prompt")
+            check_messages(self.where, name, record[name], last, alone=name != "prompt", may_be_empty=has_ids)
+        if has_ids:
+            return record | {"prompt_id": str(record["prompt_id"])}
         texts = {side: record[side][-1]["content"] for side in ("chosen", "rejected")}
         ids = {f"{side}_token_ids": encode_text(self.tokenizer, text) + [self.end_id] for side, text in texts.items()}
         everything = json.dumps([record["prompt"], record["chosen"], record["rejected"]])  # prompts may repeat
@@ -226,14 +247,12 @@ class UnscoredPairDataset(PairDataset):
             "prompt_id": prompt_id, "prompt_token_ids": encode_chat(self.tokenizer, record["prompt"])}
 
 
-def check_messages(path, name, messages, last_role, alone):
-    """Raise StageError unless `messages` is a list of {role, content} ending with non-empty text of `last_role`, and holds
-    nothing else when `alone`."""
-    well_formed = messages and all(isinstance(message, dict) and isinstance(message.get("content"), str) and
-                                   isinstance(message.get("role"), str) for message in messages)
-    if not (well_formed and messages[-1]["role"] == last_role and messages[-1]["content"] and
-            (len(messages) == 1 or not alone)):
-        raise StageError(f"{path}: {name} should be {'one message' if alone else 'messages'} of {{role, content}} "
+def check_messages(where, name, messages, last_role, alone=False, may_be_empty=False):
+    """Raise StageError unless `messages` are {role, content} and end with text of `last_role`, which may be empty where
+    token ids say what it stands for, and hold nothing else when `alone`."""
+    if not (are_messages(messages) and messages and messages[-1]["role"] == last_role and
+            (messages[-1]["content"] or may_be_empty) and (len(messages) == 1 or not alone)):
+        raise StageError(f"{where}: {name} should be {'one message' if alone else 'messages'} of {{role, content}} "
                          f"{'by' if alone else 'ending with text by'} the {last_role}, got {str(messages)[:200]}")
 
 
@@ -253,16 +272,17 @@ class ChatDataset(JsonlDataset):
         tokens = self.encode(record)
         check_tokens(self.path, tokens, "response_token_ids", self.vocab_size, self.max_length)
         weight = record.get("weight", 1.0)
-        if not (isinstance(weight, (int, float)) and weight >= 0):
-            raise StageError(f"{self.path}: weight should be a number >= 0, got {weight!r}")
+        if not (type(weight) in (int, float) and 0 <= weight < 1e30):
+            raise StageError(f"{self.where}: weight should be a number >= 0, got {repr(weight)[:100]}")
         return tokens["prompt_id"], weight * len(tokens["response_token_ids"])
 
     def encode(self, record):
         """{"prompt_id", "prompt_token_ids", "response_token_ids"} of one chat; the end token is part of the answer."""
-        context, answer = record["messages"][:-1], (record["messages"] or [{}])[-1]
-        if not context or answer.get("role") != "assistant":
-            raise StageError(f"{self.path}: messages should hold a prompt and end with the assistant's answer, "
-                             f"got roles {[m.get('role') for m in record['messages']]}")
+        messages = record["messages"]
+        if not (are_messages(messages) and len(messages) > 1 and messages[-1]["role"] == "assistant"):
+            raise StageError(f"{self.where}: messages should be {{role, content}} each, a prompt first and the assistant's "
+                             f"answer last, got {str(messages)[:200]}")
+        *context, answer = messages
         return {"prompt_id": str(record.get("prompt_id", context[-1]["content"][:40])),
                 "prompt_token_ids": encode_chat(self.tokenizer, context),
                 "response_token_ids": encode_text(self.tokenizer, answer["content"]) + [self.end_id]}
@@ -285,8 +305,9 @@ def check_tokens(path, record, field, vocab_size, max_length):
     if not prompt or not response:
         raise StageError(f"{where}: prompt_token_ids and {field} should not be empty")
     if len(prompt) + len(response) > max_length:
+        command = "make_sft" if field == "response_token_ids" else "make_pairs"
         raise StageError(f"{where}: {len(prompt)} prompt and {len(response)} response tokens exceed --max_length "
-                         f"{max_length}; raise it, or filter with make_pairs --max_length")
+                         f"{max_length}; raise it, or filter with {command} --max_length")
     outside = [token for token in prompt + response if not 0 <= token < vocab_size]
     if outside:
         raise StageError(f"{where}: token {outside[0]} is outside the model's vocabulary of {vocab_size}; "

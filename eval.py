@@ -26,8 +26,8 @@ import numpy as np
 
 import nash
 from export import export_files
-from utils import (StageError, atomic_file, derive_seed, dump_json, file_lists, fingerprint, jsonl_writer, log, read_jsonl,
-                   read_prompts, run, split_list, text_id, write_text)
+from utils import (StageError, atomic_file, check_at_least, check_output_file, derive_seed, dump_json, file_lists, fingerprint,
+                   first_line, jsonl_writer, log, read_jsonl, read_prompts, run, split_list, text_id, write_text)
 from vllm_model import Judge, JudgeConfig, Sampler, SamplerConfig
 from workers import map_files
 
@@ -46,7 +46,7 @@ def alpaca_eval(output: str):
     try:  # the Hub's plain JSON, no data set script
         source = hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
     except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no file
-        raise StageError(f"AlpacaEval's instructions could not be fetched from the Hub ({str(error).splitlines()[0]}); "
+        raise StageError(f"AlpacaEval's instructions could not be fetched from the Hub ({first_line(error)}); "
                          "give a prompt file with --input") from None
     with open(source, encoding="utf-8") as file:
         rows = json.load(file)
@@ -63,6 +63,8 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
         input: prompt file; default: AlpacaEval's instructions, kept beside the output
         temperature: sampling temperature
     """
+    check_at_least(0, temperature=temperature)
+    check_output_file("output", output)
     if not input:
         input = str(Path(output).with_name("alpaca_eval.jsonl"))
         if not Path(input).exists():
@@ -164,7 +166,8 @@ def summarise(comparisons, seed=0, num_bootstrap=10_000):
         "mean_win_prob": float(probs.mean()),
         "mean_win_prob_interval": prob_interval,
         "order_gap": sum(gaps) / len(gaps) if gaps else None,
-        "mean_tokens": [sum(len(s["token_ids"]) for s in side) / len(side) for side in samples],
+        "mean_tokens": [sum(len(s["token_ids"]) for s in side) / len(side) if all("token_ids" in s for s in side) else None
+                        for side in samples],  # responses from elsewhere may have none
         "mean_characters": [sum(len(s["text"]) for s in side) / len(side) for side in samples],
     }
 

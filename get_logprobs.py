@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from data_utils import UnscoredPairDataset, load_tokenizer
 from train_utils import batch_logps, load_model, local_batches, on_device, start_accelerator, vocabulary_size
-from utils import (StageError, check_weights, file_lists, fingerprint, jsonl_writer, log, model_fingerprint,
-                   resolve_model, run)
+from utils import (StageError, check_at_least, check_weights, file_lists, fingerprint, jsonl_writer, log,
+                   model_fingerprint, resolve_model, run)
 from workers import Journal
 
 GATHER_EVERY = 64  # micro-batches between two exchanges among processes
@@ -106,6 +106,7 @@ def main(model: str, reference: str, input: str, output: str, tokenizer: str = "
         batch_size: pairs a forward pass on one process; 1 makes the values independent of their neighbours
         max_length: prompt and response tokens together, at most
     """
+    check_at_least(1, batch_size=batch_size, max_length=max_length)
     inputs, outputs = file_lists(input=input, output=output)
     loaded = load_tokenizer(model, tokenizer)
     accelerator = start_accelerator(seed=0)

@@ -35,7 +35,7 @@ def worst_case(preference):
 
 
 def duality_gap(mixture, preference):
-    """`2 (max_y P(y beats mixture) - 1/2)`: what the best reply wins above one half, doubled; 0 at a Nash mixture, at most 1.
+    """`2 (max_y P(y beats mixture) - 1/2)`: what the best reply wins above one half, doubled; 0 at Nash, at most 1.
 
     Args:
         mixture: (K,) probabilities

@@ -13,9 +13,10 @@ A prompt over --max_prompt_tokens is never cut: it is left out, counted, and lis
 Exit code 0 means that every other prompt is in the output.
 """
 
+import math
 from functools import partial
 
-from utils import StageError, file_lists, read_prompts, run, split_list
+from utils import SEED_SPACING, StageError, file_lists, read_prompts, run, split_list
 from vllm_model import Sampler, SamplerConfig
 from workers import map_files
 
@@ -24,6 +25,8 @@ def per_file(name, value, kind, count):
     """A flag with one value for all files, or a comma-separated value a file."""
     try:
         values = [kind(part) for part in split_list(value)]
+        if not all(map(math.isfinite, values)):
+            raise ValueError
     except ValueError:
         raise StageError(f"--{name} takes numbers ({kind.__name__}), got {value!r}") from None
     if values and min(values) < (1 if kind is int else 0):
@@ -45,6 +48,8 @@ def main(input: str, output: str, num_samples: str = "5", temperature: str = "0.
     inputs, outputs = file_lists(input=input, output=output)
     config = SamplerConfig(**sampler)
     counts = per_file("num_samples", num_samples, int, len(inputs))
+    if max(counts) > SEED_SPACING:
+        raise StageError(f"--num_samples should be at most {SEED_SPACING}, got {num_samples}")
     temperatures = per_file("temperature", temperature, float, len(inputs))
     made_with = config.made_with()
     jobs = [(partial(read_prompts, path), target, made_with | {"num_samples": count, "temperature": value})

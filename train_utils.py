@@ -20,8 +20,8 @@ import torch
 
 from data_utils import load_tokenizer
 from losses import sequence_logps
-from utils import (StageError, check_input, check_made_with, check_weights, die_with_parent, dump_json, fingerprint,
-                   log, model_fingerprint, resolve_model, split_list, sync, write_text)
+from utils import (StageError, check_at_least, check_input, check_made_with, check_weights, die_with_parent, dump_json,
+                   fingerprint, first_line, log, model_fingerprint, resolve_model, split_list, sync, write_text)
 
 
 @dataclass
@@ -85,8 +85,10 @@ class TrainingConfig:
         for name in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_length", "eval_steps"):
             if not getattr(self, name) > 0:
                 raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
-        if self.save_steps < 0:
-            raise StageError(f"--save_steps should not be negative, got {self.save_steps}")
+        check_at_least(0, save_steps=self.save_steps, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
+                       start_tolerance=self.start_tolerance)
+        if not 0 <= self.seed < 2**32:  # NumPy's
+            raise StageError(f"--seed should be between 0 and {2**32 - 1}, got {self.seed}")
         if self.select not in ("best", "last"):
             raise StageError(f"--select should be best or last, got {self.select}")
         if not 0 <= self.warmup_ratio <= 1:
@@ -138,9 +140,14 @@ def load_model(name, from_config=False, gradient_checkpointing=False):
         if from_config:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise StageError(f"model {directory} does not load: {str(error).splitlines()[0]}") from None
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+            if loading["mismatched_keys"]:
+                raise ValueError("its weights do not have the shapes of its config.json")
+            if loading["missing_keys"]:  # they would be random
+                raise ValueError(f"its files lack weights, first {min(loading['missing_keys'])}")
+    except Exception as error:  # each file format and each model has its own kinds
+        raise StageError(f"model {directory} does not load: {first_line(error)}") from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -152,8 +159,8 @@ def vocabulary_size(name):
     directory = resolve_model(name)
     try:
         return AutoConfig.from_pretrained(directory).get_text_config().vocab_size
-    except (OSError, ValueError) as error:
-        raise StageError(f"model {directory} does not load: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # each model has its own kinds
+        raise StageError(f"model {directory} does not load: {first_line(error)}") from None
 
 
 def batch_logps(model, batch):
@@ -252,8 +259,9 @@ class Trainer:
         self.settings = (method or {}) | dataclasses.asdict(config)
         self.output = Path(config.output)
         check_output(config)
-        for path in filter(None, (config.input, config.validation)):
-            check_input(path)
+        check_input(config.input)
+        if config.validation:
+            check_input(config.validation)
         self.tokenizer = load_tokenizer(config.model, config.tokenizer)
         self.accelerator = start_accelerator(config.seed, log_with=config.trackers() or None,
                                              project_dir=self.output / "tensorboard")
@@ -588,7 +596,7 @@ class Trainer:
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             if isinstance(error, CheckpointException):
                 error = next(iter(error.failures.values()))[0]
-            reason = (str(error).splitlines() or [repr(error)])[0]
+            reason = first_line(error)
             free = shutil.disk_usage(self.output).free / 2**20
             shutil.rmtree(temporary, ignore_errors=True)
             kept = max(self.resume_points(), default=0)

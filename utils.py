@@ -1,5 +1,6 @@
 """What every stage needs: a checked command line, JSONL in and out, logging, seeds."""
 
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -8,6 +9,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -153,7 +155,10 @@ def _fire_command(program, command, flags):
             try:
                 if kind is bool:
                     return _BOOLS[text.lower()]
-                return text if kind is inspect.Parameter.empty else kind(text)
+                value = text if kind is inspect.Parameter.empty else kind(text)
+                if kind is float and not math.isfinite(value):
+                    raise ValueError
+                return value
             except (ValueError, KeyError):
                 _fail(f"{program}: error: --{name} takes {kind.__name__}, got {text!r}", 2)
         return read
@@ -203,8 +208,23 @@ def file_lists(**flags):
     return list(lists.values())
 
 
-def check_input(path):
-    """Raise StageError unless `path` is a non-empty file."""
+def check_at_least(low, **flags):
+    """Raise StageError for a flag whose value is lower."""
+    for name, value in flags.items():
+        if not value >= low:
+            raise StageError(f"--{name} should be at least {low}, got {value}")
+
+
+def check_output_file(name, path):
+    """Raise StageError unless `path` can be a file's name."""
+    if not path:
+        raise StageError(f"--{name} should name a file")
+    if Path(path).is_dir():
+        raise StageError(f"--{name} {path} is a directory; give a file name")
+
+
+def check_input(path, also=""):
+    """Raise StageError unless `path` is a non-empty file of text, or of the format `also`."""
     path = Path(path)
     if not path.is_file():
         raise StageError(f"input file {path} {'is not a file' if path.exists() else 'does not exist'}")
@@ -213,7 +233,7 @@ def check_input(path):
     with open(path, "rb") as file:
         start = file.read(4)
     for magic, kind in _FORMATS.items():
-        if start.startswith(magic):
+        if start.startswith(magic) and kind != also:
             raise StageError(f"input file {path} is {kind}, not JSONL text; unpack or convert it first")
 
 
@@ -246,12 +266,12 @@ def scan_jsonl(path, fields=None, unique="prompt_id"):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where, begin, offset = f"{path}, line {number}", offset, offset + len(line)
-            if not line.strip():
+            if not line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
                 continue
             empty = False
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                record = json.loads(text, parse_constant=_refuse_constant)
+                record = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
                 if b"\\ud" in line.lower():  # half a surrogate pair is no text: no file can hold it
                     dump_json(record).encode()
             except (ValueError, RecursionError) as error:
@@ -271,12 +291,18 @@ def scan_jsonl(path, fields=None, unique="prompt_id"):
                 if not isinstance(record[unique], (str, int)) or isinstance(record[unique], bool):
                     raise StageError(f"{where}: {unique} should be text or a number, "
                                      f"got {type(record[unique]).__name__}")
-                if record[unique] in seen:
-                    raise StageError(f"{where}: {unique} {record[unique]!r} occurs a second time")
-                seen.add(record[unique])
+                if str(record[unique]) in seen:
+                    raise StageError(f"{where}: {unique} {str(record[unique])!r} occurs a second time")
+                seen.add(str(record[unique]))
             yield begin, record
     if empty:
         raise StageError(f"{path}: no records")
+
+
+def _finite(text):
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is too large a number")
+    return number
 
 
 def _refuse_constant(name):
@@ -347,7 +373,7 @@ def read_scores(path):
             raise StageError(f"{where}: win_probs should be {count} x {count} numbers for {count} samples, it {found}")
         for i in range(count):
             if rows[i][i] is not None:
-                raise StageError(f"{where}: win_probs[{i}][{i}] should be null, got {rows[i][i]!r}")
+                raise StageError(f"{where}: win_probs[{i}][{i}] should be null, got {repr(rows[i][i])[:100]}")
             for j in range(i):
                 check_probability(where, f"win_probs[{i}][{j}]", rows[i][j])
                 check_probability(where, f"win_probs[{j}][{i}]", rows[j][i])
@@ -366,7 +392,18 @@ def check_token_ids(where, name, ids):
 def check_probability(where, name, value):
     """Raise StageError unless `value` is a number from 0 to 1."""
     if not (type(value) in (int, float) and 0 <= value <= 1):
-        raise StageError(f"{where}: {name} should be a probability, got {value!r}")
+        raise StageError(f"{where}: {name} should be a probability, got {repr(value)[:100]}")
+
+
+def are_messages(value):
+    """Whether `value` is a list of {role, content} with text in both."""
+    return isinstance(value, list) and all(isinstance(message, dict) and isinstance(message.get("role"), str) and
+                                           isinstance(message.get("content"), str) for message in value)
+
+
+def first_line(error):
+    """What an exception of a library says, in one line."""
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def text_id(text):
@@ -429,8 +466,12 @@ def resolve_model(name):
     if not path.exists():
         path = _download(name)
     for candidate in (path, path / "model"):
-        if (candidate / "config.json").is_file():
-            return str(candidate)
+        config = candidate / "config.json"
+        if config.is_file():
+            with contextlib.suppress(ValueError):
+                if isinstance(json.loads(config.read_bytes()), dict):
+                    return str(candidate)
+            raise StageError(f"{config} is damaged: it is not a JSON object; copy or download it again")
     raise StageError(f"model {name}: no config.json in {path} nor in its 'model' subfolder")
 
 
@@ -442,7 +483,7 @@ def _download(name, only=None):
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no model
         raise StageError(f"model {name}: no such directory, and the Hub did not provide it: "
-                         f"{str(error).splitlines()[0]}") from None
+                         f"{first_line(error)}") from None
 
 
 def resolve_tokenizer(model, tokenizer=""):
@@ -465,8 +506,11 @@ def check_weights(directory):
     if not files:
         raise StageError(f"{directory} has a config.json but no weights (*.safetensors, *.bin)")
     for index in directory.glob("*.index.json"):
-        missing = sorted({name for name in json.loads(index.read_bytes())["weight_map"].values()
-                          if not (directory / name).is_file()})
+        try:
+            names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StageError(f"{index} is damaged: it cannot be read; copy or download it again") from None
+        missing = sorted(name for name in names if not (directory / name).is_file())
         if missing:
             raise StageError(f"{directory} lacks {', '.join(missing)}, which {index.name} names; "
                              "copy or download it again")

@@ -11,11 +11,12 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from utils import (StageError, check_weights, derive_seed, model_fingerprint, resolve_model, resolve_tokenizer,
-                   split_list, text_id)
+from utils import (StageError, check_at_least, check_weights, derive_seed, model_fingerprint, resolve_model,
+                   resolve_tokenizer, split_list, text_id)
 from workers import PoolConfig
 
 JUDGE_TYPES = ("offsetbias-lm",)
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,16 @@ class EngineConfig(PoolConfig):
 
     dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value in asdict(self).items():
+            if name in ("max_prompt_tokens", "max_new_tokens"):
+                check_at_least(1, **{name: value})
+            if name in ("top_p", "gpu_memory_utilization") and not 0 < value <= 1:
+                raise StageError(f"--{name} should be greater than 0 and at most 1, got {value}")
+        if self.dtype not in DTYPES:
+            raise StageError(f"--dtype should be one of {', '.join(DTYPES)}, got {self.dtype}")
 
     def made_with(self):
         """{setting: value} of all that results depend on: not the machine's, and the files instead of their names."""
@@ -88,8 +99,8 @@ class JudgeConfig(EngineConfig):
         super().__post_init__()
         if self.judge_type not in JUDGE_TYPES:
             raise StageError(f"--judge_type should be one of {', '.join(JUDGE_TYPES)}, got {self.judge_type}")
-        if len(split_list(self.labels)) != 2:
-            raise StageError(f"--labels should be two answers, comma-separated, got {self.labels!r}")
+        if len(set(split_list(self.labels))) != 2 or len(split_list(self.labels)) != 2:
+            raise StageError(f"--labels should be two different answers, comma-separated, got {self.labels!r}")
         read_template(self.template)
 
 
@@ -294,8 +305,11 @@ _PLACEHOLDERS = {"input": 0, "instruction": 0, "output_1": 1, "output_a": 1, "ou
 def read_template(path):
     """The text of a judge template. Raises StageError unless it names the instruction and both outputs once."""
     if not Path(path).is_file():
-        raise StageError(f"judge template {path} does not exist")
-    text = Path(path).read_text(encoding="utf-8").strip()
+        raise StageError(f"judge template {path} {'is not a file' if Path(path).exists() else 'does not exist'}")
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise StageError(f"judge template {path} is not UTF-8 text") from None
     found = [_PLACEHOLDERS[name] for name in re.findall(r"\{(\w+)\}", text) if name in _PLACEHOLDERS]
     if sorted(found) != [0, 1, 2]:
         raise StageError(f"judge template {path} should contain {{input}}, {{output_1}} and {{output_2}} once each")

@@ -78,6 +78,8 @@ def worker_environments(gpus="auto", gpus_per_worker=1, cpu_workers=1):
     if unknown:
         source = "nvidia-smi lists" if visible is None else "CUDA_VISIBLE_DEVICES allows"
         raise StageError(f"--gpus names {','.join(unknown)}, but {source} {','.join(allowed) or 'none'}")
+    if not chosen and gpus_per_worker > 1:
+        raise StageError(f"--gpus_per_worker {gpus_per_worker}: there is no GPU to share")
     if not chosen:
         return [{"CUDA_VISIBLE_DEVICES": ""}] * cpu_workers
     if len(chosen) % gpus_per_worker:
@@ -274,6 +276,8 @@ class Journal:
                 else:
                     self.offsets[record.get("prompt_id")] = self.size
                 self.size += len(line)
+            if not self.offsets:  # settings of nothing do not matter
+                header, self.size = None, 0
             if header is not None:
                 found = f"{len(self.offsets)} finished records made"
                 check_made_with(self.path, found, header.get("made_with", {}), made_with)

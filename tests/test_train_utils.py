@@ -550,7 +550,7 @@ def test_an_output_that_holds_other_things_is_never_replaced(train, setting, tmp
 
 @pytest.mark.parametrize("flags, message", [
     ({"learning_rate": 0}, "--learning_rate should be greater than 0"), ({"warmup_ratio": 1.5}, "--warmup_ratio"),
-    ({"save_steps": -1}, "--save_steps should not be negative"),
+    ({"save_steps": -1}, "--save_steps should be at least 0"),
     ({"select": "first"}, "--select should be best or last"), ({"eta": 0}, "--eta should be greater than 0"),
     ({"tau_eta_ratio": 2}, "--tau_eta_ratio"), ({"input": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
     ({"max_length": 30}, "exceed --max_length 30")])
