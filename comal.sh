@@ -387,8 +387,9 @@ progress() {  # one line an iteration: what is done, what is left, when it will 
   local took=$((SECONDS - began)) left=$((iterations - i - 1)) rest
   measured=$((measured + 1)) spent=$((spent + took))
   rest=$((left * spent / measured))
-  echo "=== iteration $i of $iterations is done after $(duration "$took"); $left left, about $(duration "$rest")\
-$( ((left == 0)) || date -d "+$rest seconds" "+: until %a %H:%M")"
+  echo -n "=== iteration $i of $iterations is done after $(duration "$took")"
+  ((left == 0)) || echo -n "; $left left, about $(duration "$rest"): until $(date -d "+$rest seconds" "+%a %H:%M")"
+  echo
 }
 
 duration() { if (($1 < 3600)); then echo "$(($1 / 60)) min $(($1 % 60)) s"; else echo "$(($1 / 3600)) h $(($1 % 3600 / 60)) min"; fi; }

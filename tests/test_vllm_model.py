@@ -92,9 +92,9 @@ def test_split_labels_refuses_labels_that_no_position_decides(first, second):
 
 @pytest.mark.parametrize("settings, message", [
     ({"judge_type": "bradley-terry"}, "--judge_type should be one of offsetbias-lm, got bradley-terry"),
-    ({"labels": "yes"}, "--labels should be two answers"),
-    ({"labels": "yes,no,maybe"}, "--labels should be two answers"),
-    ({"labels": "yes,"}, "--labels should be two answers"),
+    ({"labels": "yes"}, "--labels should be two different answers"),
+    ({"labels": "yes,no,maybe"}, "--labels should be two different answers"),
+    ({"labels": "yes,"}, "--labels should be two different answers"),
     ({"template": "no-such-file"}, "judge template no-such-file does not exist"),
 ])
 def test_judge_config_refuses(tmp_path, settings, message):
