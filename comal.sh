@@ -359,6 +359,7 @@ fork() {  # begin behind another experiment's iteration: with its policy, its re
   [[ $FROM =~ ^(.+)/iter([0-9]+)$ ]] || die "FROM=$FROM should be an iteration's folder: exps/OTHER/iterN"
   first=$((BASH_REMATCH[2] + 1))
   [[ ! ${BASH_REMATCH[1]} -ef $exp ]] || die "FROM=$FROM lies in $exp itself; give the fork another NAME"
+  [[ -d $FROM ]] || die "FROM=$FROM: no such folder"
   [[ -e $FROM/next.json ]] || die "FROM=$FROM has no next.json: that iteration is not complete; finish it, or take an earlier one"
   ((first < iterations)) || die "FROM=$FROM goes on with iteration $first, but there are $iterations (numbered from 0); raise ROUNDS"
   for role in policy reference; do

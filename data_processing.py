@@ -106,6 +106,7 @@ def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: 
         max_length: prompt and response tokens together, at most
         seed: for the random rule
     """
+    check_at_least(1, max_length=max_length)
     inputs, outputs = file_lists(input=input, output=output)
     if pair_rule not in PAIR_RULES:
         raise StageError(f"--pair_rule should be one of {', '.join(PAIR_RULES)}, got {pair_rule}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from utils import (StageError, are_messages, check_probability, check_token_ids, first_line, resolve_model,
+from utils import (StageError, are_messages, check_probability, check_token_ids, first_line, has_tokenizer, resolve_model,
                    resolve_tokenizer, scan_jsonl, text_id)
 
 # ---------------------------------------------------------------------------------------------- tokenizers
@@ -34,18 +34,23 @@ def load_tokenizer(model, tokenizer=""):
         end_token_id(loaded)
     except Exception as error:  # Jinja's, and whatever a template raises
         raise StageError(f"the chat template of {source} does not work: {first_line(error)}") from None
-    directory = resolve_model(model)
-    if tokenizer and has_tokenizer(directory):
-        own = {number: token for token, number in AutoTokenizer.from_pretrained(directory).get_vocab().items()}
-        for token, number in sorted(loaded.get_vocab().items(), key=lambda item: item[1]):
-            if own.get(number, token) != token:
-                raise StageError(f"{tokenizer} is not the tokenizer of {model}: id {number} is {token!r} there and "
-                                 f"{own[number]!r} here; leave it out, or name the one that the model was trained with")
+    if tokenizer:
+        check_vocabulary(loaded, tokenizer, model)
     return loaded
 
 
-def has_tokenizer(directory):
-    return any(Path(directory, name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+def check_vocabulary(tokenizer, source, model):
+    """Raise StageError where the model has a tokenizer of its own whose ids stand for other tokens than those of
+    `tokenizer`, which came from `source`."""
+    from transformers import AutoTokenizer
+    directory = resolve_model(model)
+    if not has_tokenizer(directory):
+        return
+    own = {number: token for token, number in AutoTokenizer.from_pretrained(directory).get_vocab().items()}
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if own.get(number, token) != token:
+            raise StageError(f"{source} does not have the tokenizer of {model}: id {number} is {token!r} there and "
+                             f"{own[number]!r} here; name the one that the model was trained with")
 
 
 # ---------------------------------------------------------------------------------------------- chat encoding
@@ -221,8 +226,7 @@ class UnscoredPairDataset(PairDataset):
     def check(self, record):
         record = self.complete(record)
         if record["prompt_id"] in self.seen:
-            raise StageError(f"{self.where}: prompt_id {record['prompt_id']!r} (made from the text where the file has none) "
-                             "occurs a second time")
+            raise StageError(f"{self.where}: prompt_id {record['prompt_id']!r} (made from the text) occurs a second time")
         self.seen.add(record["prompt_id"])
         return super().check(record)
 

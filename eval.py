@@ -28,7 +28,7 @@ import nash
 from export import export_files
 from utils import (StageError, atomic_file, check_at_least, check_output_file, derive_seed, dump_json, file_lists, fingerprint,
                    first_line, jsonl_writer, log, read_jsonl, read_prompts, run, split_list, text_id, write_text)
-from vllm_model import Judge, JudgeConfig, Sampler, SamplerConfig
+from vllm_model import Judge, JudgeConfig, Sampler, SamplerConfig, judge_figures
 from workers import map_files
 
 RESPONSE_FIELDS = {"prompt_id": str, "prompt": str, "samples": list}
@@ -148,7 +148,7 @@ def summarise(comparisons, seed=0, num_bootstrap=10_000):
 
     Returns:
         num_prompts, num_ties, win_rate, win_rate_interval, mean_win_prob, mean_win_prob_interval, order_gap,
-        mean_tokens and mean_characters ([response, baseline's]).
+        label_mass, mean_tokens and mean_characters ([response, baseline's]).
     """
     probs = np.array([record["win_probs"][0][1] for record in comparisons])  # (N,)
     wins = (probs > 0.5) + 0.5 * (probs == 0.5)
@@ -156,7 +156,6 @@ def summarise(comparisons, seed=0, num_bootstrap=10_000):
     draws = (generator.integers(len(probs), size=len(probs)) for _ in range(num_bootstrap))
     means = np.array([(wins[draw].mean(), probs[draw].mean()) for draw in draws])  # (num_bootstrap, 2)
     win_interval, prob_interval = np.percentile(means, [2.5, 97.5], axis=0).T.tolist()
-    gaps = [record["order_gap"] for record in comparisons if record["order_gap"] is not None]
     samples = list(zip(*(record["samples"] for record in comparisons)))
     return {
         "num_prompts": len(probs),
@@ -165,7 +164,7 @@ def summarise(comparisons, seed=0, num_bootstrap=10_000):
         "win_rate_interval": win_interval,
         "mean_win_prob": float(probs.mean()),
         "mean_win_prob_interval": prob_interval,
-        "order_gap": sum(gaps) / len(gaps) if gaps else None,
+        **judge_figures(comparisons),
         "mean_tokens": [sum(len(s["token_ids"]) for s in side) / len(side) if all("token_ids" in s for s in side) else None
                         for side in samples],  # responses from elsewhere may have none
         "mean_characters": [sum(len(s["text"]) for s in side) / len(side) for side in samples],

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from data_utils import UnscoredPairDataset, load_tokenizer
+from data_utils import UnscoredPairDataset, check_vocabulary, load_tokenizer
 from train_utils import batch_logps, load_model, local_batches, on_device, start_accelerator, vocabulary_size
 from utils import (StageError, check_at_least, check_weights, file_lists, fingerprint, jsonl_writer, log,
                    model_fingerprint, resolve_model, run)
@@ -113,12 +113,13 @@ def main(model: str, reference: str, input: str, output: str, tokenizer: str = "
     names = list(dict.fromkeys(map(resolve_model, (model, reference))))
     for name in names:
         check_weights(name)
+        check_vocabulary(loaded, tokenizer or model, name)
     vocab_size = min(map(vocabulary_size, names))
     datasets = [UnscoredPairDataset(path, loaded, max_length, vocab_size) for path in inputs]
     journals = []  # one a model and file
     for label, name in zip(("last", "ref"), names):
         made_with = {"model": model_fingerprint(name), "tokenizer": tokenizer, "precision": accelerator.mixed_precision}
-        journals.append([Journal(f"{target}.{label}", made_with | {"input": fingerprint(source)})
+        journals.append([Journal(f"{target}.{label}", made_with | {"contents of --input": fingerprint(source)})
                          for source, target in zip(inputs, outputs)] if accelerator.is_main_process else [])
     logps = [model_logps(name, datasets, own, batch_size, accelerator) for name, own in zip(names, journals)]
     if accelerator.is_main_process:

@@ -15,8 +15,8 @@ Exit code 0 means that every other record is in the output.
 
 from functools import partial
 
-from utils import file_lists, read_samples, run
-from vllm_model import Judge, JudgeConfig
+from utils import file_lists, read_jsonl, read_samples, run
+from vllm_model import Judge, JudgeConfig, judge_figures
 from workers import map_files
 
 
@@ -32,6 +32,7 @@ def main(input: str, output: str, **judge: JudgeConfig):
     made_with = config.made_with()
     jobs = [(partial(read_samples, path), target, made_with) for path, target in zip(inputs, outputs)]
     map_files(jobs, partial(Judge, config), config, "scoring")
+    judge_figures(record for path in outputs for record in read_jsonl(path))
 
 
 if __name__ == "__main__":

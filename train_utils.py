@@ -311,7 +311,8 @@ class Trainer:
         accumulation = math.ceil(config.global_batch_size / config.micro_batch_size / accelerator.num_processes)
         log.info("global batch %d = %d processes x %d examples x %d accumulated; %d examples, %d updates; %s, %s",
                  config.global_batch_size, accelerator.num_processes, config.micro_batch_size, accumulation,
-                 len(self.data), self.total_steps, accelerator.distributed_type.value, accelerator.mixed_precision)
+                 len(self.data), self.total_steps, accelerator.distributed_type.value.replace("NO", "one process"),
+                 accelerator.mixed_precision.replace("no", "float32"))
         if accelerator.is_main_process:
             write_text(self.output / "training.json", json.dumps(self.settings | versions, indent=2) + "\n")
 

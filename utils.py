@@ -274,6 +274,8 @@ def scan_jsonl(path, fields=None, unique="prompt_id"):
                 record = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
                 if b"\\ud" in line.lower():  # half a surrogate pair is no text: no file can hold it
                     dump_json(record).encode()
+            except UnicodeError as error:
+                raise StageError(f"{where}: not UTF-8 text ({error})") from None
             except (ValueError, RecursionError) as error:
                 raise StageError(f"{where}: not valid JSON ({error}); the file may be truncated") from None
             if not isinstance(record, dict):
@@ -327,8 +329,8 @@ def read_prompts(path):
             raise StageError(f"{where}: prompt_id should be text or a number, got {type(given).__name__}")
         record["prompt_id"] = text_id(record["prompt"]) if given in (None, "") else str(given)
         if record["prompt_id"] in seen:
-            raise StageError(f"{where}: prompt_id {record['prompt_id']!r} (made from the text where the file has none) "
-                             "occurs a second time")
+            origin = " (made from the text)" if given in (None, "") else ""
+            raise StageError(f"{where}: prompt_id {record['prompt_id']!r}{origin} occurs a second time")
         seen.add(record["prompt_id"])
         yield record
 
@@ -486,12 +488,16 @@ def _download(name, only=None):
                          f"{first_line(error)}") from None
 
 
+def has_tokenizer(directory):
+    return any(Path(directory, name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def resolve_tokenizer(model, tokenizer=""):
-    """Where `load_tokenizer` reads: a local directory with a tokenizer, else a Hub id."""
+    """The local directory of a tokenizer: a path, its `model` subfolder, or a Hub id, which is downloaded."""
     if not tokenizer:
         return resolve_model(model)
     if Path(tokenizer).exists():
-        return tokenizer
+        return next((str(path) for path in (Path(tokenizer), Path(tokenizer) / "model") if has_tokenizer(path)), tokenizer)
     return str(_download(tokenizer, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
 
 
@@ -562,7 +568,7 @@ def check_made_with(path, what, then, now):
         what: what it holds, for the message.
         then, now: {setting: value}
     """
-    changed = [f"{name}: {then.get(name)} then, {now.get(name)} now" for name in {**then, **now}
+    changed = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in {**then, **now}
                if then.get(name) != now.get(name)]
     if changed:
         raise StageError(f"{path} holds {what} with other settings ({'; '.join(changed)}); "

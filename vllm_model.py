@@ -4,6 +4,7 @@
 cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
+import logging
 import math
 import os
 import re
@@ -11,11 +12,12 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from utils import (StageError, check_at_least, check_weights, derive_seed, model_fingerprint, resolve_model,
+from utils import (StageError, check_at_least, check_weights, derive_seed, log, model_fingerprint, resolve_model,
                    resolve_tokenizer, split_list, text_id)
 from workers import PoolConfig
 
 JUDGE_TYPES = ("offsetbias-lm",)
+MIN_LABEL_MASS = 0.05  # mean probability of both labels together; below it a model is no judge
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -264,6 +266,10 @@ class Judge:
             logprobs = output.outputs[0].logprobs[0]
             first, second = logprobs[first_id].logprob, logprobs[second_id].logprob
             answers.append((1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second)))
+        mass = sum(mass for _, mass in answers) / len(answers)
+        if len(answers) >= 20 and mass < MIN_LABEL_MASS:
+            raise StageError(f"{self.engine.model} puts {mass:.2g} of its probability on the two labels, so it does not "
+                             "answer with one of them; is it a judge, and are --template and --labels its own?")
         return answers
 
     @staticmethod
@@ -296,6 +302,17 @@ def win_matrix(texts, judgements):
         "order_gap": sum(gaps) / len(gaps) if gaps else None,
         "label_mass": sum(masses) / len(masses) if masses else None,
     }
+
+
+def judge_figures(records):
+    """Means of `order_gap` and `label_mass` over judged records, None where all their responses are identical."""
+    judged = [(record["order_gap"], record["label_mass"]) for record in records if record["label_mass"] is not None]
+    gap, mass = (sum(values) / len(values) for values in zip(*judged)) if judged else (None, None)
+    if mass is not None:
+        log.log(logging.WARNING if mass < 0.5 else logging.INFO,
+                "the judge's two orders differ by %.3f on average; it puts %.3f of its probability on its labels%s",
+                gap, mass, ": is it answering something else?" if mass < 0.5 else "")
+    return {"order_gap": gap, "label_mass": mass}
 
 
 # Names of the three parts: ours, and those of published judge templates.

@@ -345,7 +345,7 @@ def map_files(jobs, make_work, pool, description):
             digest.update(dump_json(record).encode())
         ids.append((job_ids, digest.hexdigest()[:16]))
     for (_, path, made_with), (_, digest) in zip(jobs, ids):
-        journals.append(Journal(path, made_with | {"input": digest}))
+        journals.append(Journal(path, made_with | {"contents of --input": digest}))
     tasks = ((number, record) for number, (records, _, _) in enumerate(jobs) for record in records()
              if record["prompt_id"] not in journals[number].offsets)
     chunks = iter(lambda: list(itertools.islice(tasks, pool.chunk_size)), [])

@@ -233,8 +233,10 @@ NO_CHOSEN = f"{IN}, record 2: chosen should be one message of {{role, content}} 
 NO_CHAT = (f"{IN}, record 2: messages should be {{role, content}} each, a prompt first and the assistant's answer last, "
            "got ")
 HALF = "{tmp}/model/model.safetensors " + DAMAGED("it has 829,520 bytes, its header says 1,659,040")
-ANOTHER = ("{judge} is not the tokenizer of {policy}: id 0 is '<|end_of_text|>' there and '<|endoftext|>' here; leave "
-           "it out, or name the one that the model was trained with")
+ANOTHER = ("{judge} does not have the tokenizer of {policy}: id 0 is '<|end_of_text|>' there and '<|endoftext|>' here; "
+           "name the one that the model was trained with")
+OTHER_REFERENCE = ("{policy} does not have the tokenizer of {judge}: id 0 is '<|endoftext|>' there and '<|end_of_text|>' "
+                   "here; name the one that the model was trained with")
 
 
 ROWS = [
@@ -256,24 +258,22 @@ ROWS = [
     row("sampling", "nan", f"{IN}, line 1: " + NOT_JSON("NaN is not a JSON value"), b'{"prompt": "x", "n": NaN}\n'),
     row("sampling", "infinite", f"{IN}, line 1: " + NOT_JSON("1e999 is too large a number"),
         b'{"prompt": "x", "n": 1e999}\n'),
-    row("sampling", "surrogate", f"{IN}, line 1: " + NOT_JSON(
-        "'utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed"),
+    row("sampling", "surrogate", f"{IN}, line 1: not UTF-8 text ('utf-8' codec can't encode character '\\ud800' in "
+        "position 12: surrogates not allowed)",
         b'{"prompt": "\\ud800"}\n'),
-    row("sampling", "not-utf8", f"{IN}, line 1: " + NOT_JSON(
-        "'utf-8' codec can't decode byte 0xff in position 12: invalid start byte"), b'{"prompt": "\xff"}\n'),
+    row("sampling", "not-utf8", f"{IN}, line 1: not UTF-8 text ('utf-8' codec can't decode byte 0xff in position 12: "
+        "invalid start byte)", b'{"prompt": "\xff"}\n'),
     row("sampling", "missing-field", f"{IN}, line 2: field 'prompt' is missing; found prompt_id",
         PROMPT, but(PROMPT, prompt=...)),
     row("sampling", "wrong-type", f"{IN}, line 1: field 'prompt' should be str, got list", but(PROMPT, prompt=["x"])),
     row("sampling", "empty-prompt", f"{IN}, record 2: the prompt is empty", PROMPT, but(PROMPT, prompt=" \n")),
     row("sampling", "id-type", f"{IN}, record 1: prompt_id should be text or a number, got bool",
         but(PROMPT, prompt_id=True)),
-    row("sampling", "duplicate-id", f"{IN}, record 2: prompt_id 'a' (made from the text where the file has none) "
-        "occurs a second time", PROMPT, PROMPT),
-    row("sampling", "duplicate-number", f"{IN}, record 2: prompt_id '1' (made from the text where the file has none) "
-        "occurs a second time", but(PROMPT, prompt_id=1), but(PROMPT, prompt_id="1")),
+    row("sampling", "duplicate-id", f"{IN}, record 2: prompt_id 'a' occurs a second time", PROMPT, PROMPT),
+    row("sampling", "duplicate-number", f"{IN}, record 2: prompt_id '1' occurs a second time", but(PROMPT, prompt_id=1), but(PROMPT, prompt_id="1")),
     row("generate", "not-json", f"{IN}, line 1: " + NOT_JSON("Expecting value: line 1 column 1 (char 0)"), b"x\n"),
-    row("generate", "duplicate-text", f"{IN}, record 2: prompt_id '{text_id('where?')}' (made from the text where the "
-        "file has none) occurs a second time", {"prompt": "where?"}, {"prompt": "where?"}),
+    row("generate", "duplicate-text", f"{IN}, record 2: prompt_id '{text_id('where?')}' (made from the text) "
+        "occurs a second time", {"prompt": "where?"}, {"prompt": "where?"}),
     row("make_prompts", "not-json", f"{IN}: not readable as json (JSON parse error: Invalid value. in row 1)",
         PROMPT, b"nonsense\n"),
     row("make_prompts", "not-utf8", f"{IN}: not readable as json ('utf-8' codec can't decode byte 0xff in position 12: "
@@ -341,8 +341,7 @@ ROWS = [
     row("get_logprobs", "duplicate-number", f"{IN}, line 2: prompt_id '3' occurs a second time",
         TEXTS | {"prompt_id": 3}, TEXTS | {"prompt_id": "3"}),
     row("get_logprobs", "duplicate-text", f"{IN}, record 2: prompt_id "
-        f"'{text_id(json.dumps(list(TEXTS.values())))}' (made from the text where the file has none) "
-        "occurs a second time", TEXTS, TEXTS),
+        f"'{text_id(json.dumps(list(TEXTS.values())))}' (made from the text) occurs a second time", TEXTS, TEXTS),
     row("get_logprobs", "other-text", f"{IN}, prompt_id a: the token ids are not those of the text under this "
         "tokenizer ('sea' for 'hut'); was the file made with another model's? Name that one with --tokenizer",
         PAIR | {"chosen": [message("assistant", "hut")]}),
@@ -464,6 +463,7 @@ ROWS = [
 
     # ---- tokenizers
     row("get_logprobs", "another-tokenizer", ANOTHER, tokenizer="{judge}"),
+    row("get_logprobs", "another-reference", OTHER_REFERENCE, reference="{judge}"),
     row("dpo", "another-tokenizer", ANOTHER, tokenizer="{judge}"),
     row("sampling", "another-tokenizer", "worker 0 (CPU, pid N) failed:\n" + ANOTHER, tokenizer="{judge}",
         leaves=["out.jsonl.partial"]),

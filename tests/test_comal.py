@@ -147,7 +147,7 @@ def test_pins_and_forks(loop):
     assert loop.models("fork") == [3] and (loop.exps / "fork/start/responses.jsonl").exists()
     plan = loop.run("--plan", FROM=f"{run}/iter1", NAME=f"{loop.name}/planned")[0]
     assert f"--model {run}/iter1/ckpt --reference {run}/iter1/ckpt" in plan
-    for changed, message in (({"FROM": f"{run}/iter9"}, "has no next.json"), ({"FROM": run}, "should be an iteration's"),
+    for changed, message in (({"FROM": f"{run}/iter9"}, "no such folder"), ({"FROM": run}, "should be an iteration's"),
                              ({"FROM": f"{run}/iter3"}, "raise ROUNDS"), ({"FROM": f"{run}/iter0"}, "no weights any more"),
                              ({"FROM": f"{run}/iter1", "NAME": f"{loop.name}/run"}, "another NAME")):
         output, code = loop.run(**({"NAME": f"{loop.name}/other"} | changed))

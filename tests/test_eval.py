@@ -19,6 +19,7 @@ from utils import StageError, read_jsonl
 
 def comparison(prob, gap=0.0, tokens=(1, 1), texts=("a", "b")):
     return {"prompt_id": "x", "win_probs": [[None, prob], [1 - prob, None]], "order_gap": gap,
+            "label_mass": None if gap is None else 0.9,
             "samples": [{"text": text, "token_ids": [0] * count} for text, count in zip(texts, tokens)]}
 
 
@@ -46,6 +47,7 @@ def test_summarise_means_of_lengths_and_gaps():
     assert found["mean_tokens"] == [3, 15]
     assert found["mean_characters"] == [1.5, 1.5]
     assert found["order_gap"] == pytest.approx(0.2)  # identical responses have none
+    assert found["label_mass"] == pytest.approx(0.9)
     assert summarise([comparison(0.5, gap=None)], num_bootstrap=2)["order_gap"] is None
 
 

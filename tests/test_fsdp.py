@@ -62,7 +62,7 @@ def check_against_one_process(name, output, expected, capsys):
 
 def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, capsys):
     done = launch_two("inpo.py", *words(**flags(setting, output=outputs / "ddp")))
-    assert "global batch 6 = 2 processes x 2 examples x 2 accumulated; 11 examples, 4 updates; MULTI_CPU, no" in done.stdout
+    assert "global batch 6 = 2 processes x 2 examples x 2 accumulated; 11 examples, 4 updates; MULTI_CPU, float32" in done.stdout
     check_against_one_process("DDP", outputs / "ddp", one_process, capsys)
 
 

@@ -411,10 +411,10 @@ def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(undist
     message = r"unfinished run with other settings \(learning_rate: 3e-05 then, 2e-05 now\); use those again, or remove it"
     with pytest.raises(StageError, match=message):
         train(**(again | {"learning_rate": 2e-5}))
-    with pytest.raises(StageError, match=r"other settings \(eta: .*; contents of --model: \w{16} then, \w{16} now\)"):
+    with pytest.raises(StageError, match=r"other settings \(eta: .*; contents of --model: '\w{16}' then, '\w{16}' now\)"):
         train(**(again | {"model": setting.reference, "eta": 0.03}))
     write(data, setting.records[::-1])
-    with pytest.raises(StageError, match=r"other settings \(contents of --input: \w{16} then, \w{16} now\)"):
+    with pytest.raises(StageError, match=r"other settings \(contents of --input: '\w{16}' then, '\w{16}' now\)"):
         train(**again)
     assert {path.name for path in (tmp_path / "ckpt").iterdir()} == before
     # The same contents elsewhere, and settings that the result does not depend on.

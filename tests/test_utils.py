@@ -324,7 +324,7 @@ def test_read_scores_refuses(jsonl, record, message):
 def test_read_jsonl_names_the_line_that_is_not_utf8(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD.encode() + b'{"prompt_id": "\xff"}\n')
-    with pytest.raises(StageError, match="line 2: not valid JSON"):
+    with pytest.raises(StageError, match="line 2: not UTF-8 text"):
         list(read_jsonl(path, FIELDS))
 
 
