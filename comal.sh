@@ -274,6 +274,19 @@ train() {
   [[ -n $plan ]] || rm -rf "$iter"/ckpt/{resume,best}-*
 }
 
+start_logprobs() {  # the start policy's log-probabilities of the test pairs, where it is not the reference: for the report
+  [[ $reference != "$MODEL" ]] || return 0
+  stage start_logprobs "$iter/eval/start_logps.jsonl" -- \
+    "${launch[@]}" get_logprobs.py \
+    --model "$MODEL" \
+    --reference "$MODEL" \
+    --tokenizer "$TOKENIZER" \
+    --input "$iter/test.pairs.jsonl" \
+    --output "$iter/eval/start_logps.jsonl" \
+    --max_length "$MAX_LENGTH" \
+    --batch_size "$MICRO_BATCH_SIZE"
+}
+
 generate() {  # STAGE MODEL OUTPUT SEED: one answer to each evaluation prompt
   stage "$1" "$3" -- \
     "$PYTHON" eval.py generate \
@@ -315,6 +328,30 @@ evaluate() {  # win rates of the iterations since the last evaluation, with one 
   [[ -n $plan ]] || rm -f "$exp"/iter*/eval/*.partial
 }
 
+matrix() {  # all against all: the start policy and each round's last one
+  local files names=start j
+  files=("$(responses -1)")
+  for ((j = first; j <= i; j++)); do
+    (((j + 1) % SPLITS == 0 || j == i)) || continue
+    files+=("$(responses "$j")") names+=,iter$j
+  done
+  stage matrix "$exp/matrix/iter$i.json" -- \
+    "$PYTHON" eval.py matrix \
+    --judge "$JUDGE" \
+    --template "$TEMPLATE" \
+    --responses "$(list "${files[@]}")" \
+    --names "$names" \
+    --output "$exp/matrix/iter$i.json" \
+    --max_prompt_tokens "$MAX_JUDGE_TOKENS" \
+    "${engines[@]}"
+}
+
+report() {  # exps/NAME/report/index.html; a run does not fail for its report
+  mkdir -p "$exp/report"
+  "${marked[@]}" "$PYTHON" eval.py report "$exp" >"$exp/report/log" 2>&1 7>&- 8>&- 9>&- ||
+    echo "comal.sh: WARNING: no report was written; see $exp/report/log" >&2
+}
+
 # ------------------------------------------------------------------------------------------------ the loop
 
 main() {
@@ -339,16 +376,20 @@ main() {
     score
     make_pairs
     logprobs
+    start_logprobs
     train
     policy=$iter/ckpt
     evaluate
     if ((UPDATE_INTERVAL && (i + 1) % UPDATE_INTERVAL == 0)); then reference=$policy; fi
     if (((i + 1) % SPLITS == 0)) && [[ -z $plan ]]; then ln -sfn "iter$i/ckpt" "$exp/round$(((i + 1) / SPLITS))"; fi
     [[ -n $plan ]] || complete
-    [[ -z $ran ]] || progress
+    if [[ -n $ran ]]; then progress; report; fi
   done
+  i=$((iterations - 1)) ran=
+  matrix
   [[ -z $plan ]] || return 0
   if [[ $RECIPE == demo ]]; then demo_table; fi
+  [[ -z $ran ]] || report
   echo
   echo "done after $(duration "$SECONDS"): $iterations iterations in $exp; the last policy is $policy/model"
 }
@@ -375,6 +416,8 @@ complete() {  # the iteration is: note what the next one starts from, and delete
     echo "{\"policy\": \"$policy\", \"reference\": \"$reference\"}" >"$iter/next.json.tmp"
     mv "$iter/next.json.tmp" "$iter/next.json"
   fi
+  # While the weights are there: its rows of the demo's table.
+  if [[ $RECIPE == demo && -n $ran && ($KEEP_CKPTS != all || -e $iter/eval/vs_start.json) ]]; then demo_table >/dev/null; fi
   [[ $KEEP_CKPTS != all ]] || return 0
   local j
   for ((j = first; j < i; j++)); do
@@ -395,16 +438,7 @@ progress() {  # one line an iteration: what is done, what is left, when it will 
 
 duration() { if (($1 < 3600)); then echo "$(($1 / 60)) min $(($1 % 60)) s"; else echo "$(($1 / 3600)) h $(($1 % 3600 / 60)) min"; fi; }
 
-demo_table() {
-  local checkpoint
-  for checkpoint in "$exp"/iter*/ckpt; do
-    if [[ $KEEP_CKPTS != all || ! -d $checkpoint/model ]]; then
-      echo "comal.sh: the demo's table is left out: it needs every checkpoint, and KEEP_CKPTS=rounds or last deletes some"
-      return
-    fi
-  done
-  "${marked[@]}" "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" 7>&- 8>&- 9>&-
-}
+demo_table() { "${marked[@]}" "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" 7>&- 8>&- 9>&-; }
 
 # ------------------------------------------------------------------------------------------------ how stages run
 
@@ -606,11 +640,16 @@ or fork: FROM=$exp/iterN NAME=another bash comal.sh"
     [[ -z $changed ]] || echo "comal.sh: WARNING: $exp was begun with other code or packages (<: now, >: $file), and
 goes on with these:
 $changed" >&2
+    if ! grep -qx "  \"ROUNDS\": \"$ROUNDS\"," "$file"; then  # more rounds may follow
+      sed "s/^  \"ROUNDS\": .*/  \"ROUNDS\": \"$ROUNDS\",/" "$file" >"$file.tmp"
+      mv "$file.tmp" "$file"
+    fi
     return
   fi
   {
     echo "{"
     printf '%s\n' "${lines[@]}" "${versions[@]}"
+    echo "  \"ROUNDS\": \"$ROUNDS\","
     echo "  \"commit\": \"$(git describe --always --dirty 2>/dev/null || echo unknown)\","
     echo "  \"started\": \"$(date -u +%FT%TZ)\""
     echo "}"

@@ -3,6 +3,9 @@
     python eval.py generate --model CKPT --output eval/responses.jsonl [--input prompts.jsonl]
     python eval.py compare --judge JUDGE --responses eval/responses.jsonl --baseline start/responses.jsonl \\
         --output eval/vs_start.jsonl
+    python eval.py matrix --judge JUDGE --responses start.jsonl,a.jsonl,b.jsonl --output matrix.json
+    python eval.py report exps/A [exps/B]
+    python eval.py export --format alpaca_eval|hf|hub --input FILE --output FILE
 
 `generate` writes a samples file (see sampling.py) with one response a prompt; without --input the prompts are
 AlpacaEval's 805 instructions.
@@ -13,6 +16,7 @@ AlpacaEval's 805 instructions.
     order_gap, label_mass
 and beside it `<output>` with the ending .json, the summary: see `summarise`.
 `matrix` compares all with all, several checkpoints or systems, and writes the game between them: see `play`.
+`report` writes a page to read in a browser (report.py), `export` files for other tools (export.py).
 """
 
 import itertools
@@ -288,7 +292,8 @@ def print_matrix(result):
         print(f"{name:{width + 8}}" + "".join(f"{'-' if p is None else f'{100 * p:.1f}':>{width}}" for p in row)
               + f"{100 * worst['win']:9.1f}{share:8.3f}")
     last, (low, high) = result["worst_case"][-1], result["worst_case"][-1]["interval"]
-    verdict = ("wins at least half against every other" if last["win"] >= 0.5 else
+    verdict = ("wins at least half against every other" if low >= 0.5 else
+               "won at least half against every other; one half lies in the interval" if last["win"] >= 0.5 else
                "may win half against every other: one half lies in the interval" if high >= 0.5 else
                "does not win half against every other")
     print(f"\n{names[-1]} {verdict}. Its worst: {100 * last['win']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] against "
@@ -321,7 +326,20 @@ def heat_map(result, path):
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-# ---------------------------------------------------------------------------------------------- other tools
+# ---------------------------------------------------------------------------------------------- report, other tools
+
+def report(experiments: list, output: str = "", num_prompts: int = 40):
+    """A page with all figures and plots of a run, finished or not, and its responses side by side: see report.py.
+
+    Args:
+        experiments: folder(s) of comal.sh, exps/A [exps/B ...]; several are laid over each other
+        output: folder for index.html, responses.html and summary.json; default for one experiment: its report/
+        num_prompts: prompts on the page of responses
+    """
+    from report import write_report
+    page = write_report(list(map(Path, experiments)), Path(output) if output else None, num_prompts)
+    log.info("%s: written", page)
+
 
 def export(format: str, input: str, output: str, name: str = ""):
     """Write responses, pairs or a checkpoint in another tool's format.
@@ -338,4 +356,4 @@ def export(format: str, input: str, output: str, name: str = ""):
 
 
 if __name__ == "__main__":
-    run(generate, compare, matrix, export, alpaca_eval)
+    run(generate, compare, matrix, report, export, alpaca_eval)

@@ -33,7 +33,8 @@ def run(*commands):
 
     Fire 0.7 runs a function on its defaults before it complains about a mistyped flag, and guesses types (`0,1`
     becomes a tuple). So the flags are checked against the signature before anything runs, and every value is
-    read as its annotation says (`str`, `int`, `float`, `bool`). A command's `**` parameter may be annotated with a
+    read as its annotation says (`str`, `int`, `float`, `bool`, `list`: comma-separated, and words without a flag go
+    there). A command's `**` parameter may be annotated with a
     dataclass, whose fields are flags too: `def main(input: str, **training: TrainingConfig)`.
 
     Exit codes: 0 done, 1 the stage failed, 2 the command line is wrong, 130 interrupted, 143 terminated.
@@ -103,10 +104,14 @@ def _check_flags(program, argv, flags):
     Exits with code 2 if a word is not a known flag or the value of one.
     """
     words, given = list(argv), {}
+    listed = next((name for name, p in flags.items() if p.annotation is list), None)
     while words:
         word = words.pop(0)
         if word in ("--help", "-h"):
             return ["--help"]
+        if listed and not word.startswith("--"):
+            given[listed] = f"{given[listed]},{word}" if listed in given else word
+            continue
         if not word.startswith("--") or word == "--":
             _fail(f"{program}: error: unexpected argument {word!r}; every setting is a --flag", 2)
         name, has_value, value = word[2:].partition("=")
@@ -155,6 +160,8 @@ def _fire_command(program, command, flags):
             try:
                 if kind is bool:
                     return _BOOLS[text.lower()]
+                if kind is list:
+                    return split_list(text)
                 value = text if kind is inspect.Parameter.empty else kind(text)
                 if kind is float and not math.isfinite(value):
                     raise ValueError

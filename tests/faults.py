@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 # What may differ: when and how fast it was, what it was called, what was printed.
 TIMINGS = re.compile(rb'"(validation_)?tokens_per_s": [-+.e\d]+|"started": "[^"]*"')
-LEFT_OUT = ("logs", ".lock", "tensorboard")
+LEFT_OUT = ("logs", ".lock", "tensorboard", "report")
 
 
 def start(log, mark, **settings):

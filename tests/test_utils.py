@@ -65,7 +65,11 @@ def fail(how: str):
         raise KeyboardInterrupt
     open("no/such/file")
 
-PROGRAMS = {"main": [main], "configured": [configured], "fail": [fail], "several": [main, fail]}
+def listed(names: list, count: int = 1):
+    """Print names."""
+    print("ran", json.dumps([names, count]))
+
+PROGRAMS = {"main": [main], "configured": [configured], "fail": [fail], "several": [main, fail], "listed": [listed]}
 for line in sys.stdin:
     program, *argv = json.loads(line)
     child = os.fork()
@@ -93,6 +97,16 @@ def stage(tmp_path_factory):
             return json.loads(server.stdout.readline())
         yield run_stage
         server.stdin.close()
+
+
+@pytest.mark.parametrize("words", [["a/b", "c", "--count", "2"], ["--names", "a/b,c", "--count=2"],
+                                   ["a/b", "--count", "2", "c"]])
+def test_run_takes_words_without_a_flag_where_a_list_is_wanted(stage, words):
+    assert ran(stage("listed", *words)) == [["a/b", "c"], 2]
+
+
+def test_run_misses_a_list(stage):
+    assert_refused(stage("listed"), "missing --names")
 
 
 def assert_refused(result, *words):

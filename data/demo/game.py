@@ -163,13 +163,21 @@ def describe(checkpoint):
             "duality_gap_of_mean": duality_gap(mean, PREFERENCE)}
 
 
-def measure(start, checkpoints):
-    """One record a policy: `describe` and its mean win probability against the start and the previous policy."""
-    rows = [{"iteration": "start"} | describe(start) | {"win_prob": [None, None]}]
+def measure(start, checkpoints, target):
+    """One record a policy: `describe` and its mean win probability against the start and the previous policy.
+
+    A checkpoint that was measured for `target` (game.json) is not measured again; its weights may be gone.
+    """
+    measured_at = target.stat().st_mtime if target.exists() else 0
+    known = {row["iteration"]: row for row in json.loads(target.read_text())} if measured_at else {}
+    rows = [known.get("start") or {"iteration": "start"} | describe(start) | {"win_prob": [None, None]}]
     for checkpoint in checkpoints:
         paths = [checkpoint.parent / "eval" / f"vs_{name}.json" for name in ("start", "previous")]
         wins = [json.loads(path.read_text())["mean_win_prob"] if path.exists() else None for path in paths]
-        rows.append({"iteration": int(checkpoint.parent.name[4:])} | describe(checkpoint) | {"win_prob": wins})
+        iteration = int(checkpoint.parent.name[4:])
+        row = known.get(iteration) if (checkpoint / "DONE").stat().st_mtime < measured_at else None
+        if row or (checkpoint / "model").exists():
+            rows.append((row or {"iteration": iteration} | describe(checkpoint)) | {"win_prob": wins})
     return rows
 
 
@@ -184,7 +192,7 @@ def table(experiment: str, start: str = "exps/demo-models/policy"):
     checkpoints = sorted((p.parent for p in experiment.glob("iter*/ckpt/DONE")), key=lambda p: int(p.parent.name[4:]))
     sources = [c / "DONE" for c in checkpoints] + list(experiment.glob("iter*/eval/vs_*.json"))
     if not target.exists() or any(source.stat().st_mtime > target.stat().st_mtime for source in sources):
-        write_text(target, json.dumps(measure(start, checkpoints), indent=1) + "\n")
+        write_text(target, json.dumps(measure(start, checkpoints, target), indent=1) + "\n")
     rows = json.loads(target.read_text())
     print(f"\n{'':10} {'exact, given one of the three answers':^38}           {'P(win) against':^18}")
     print(f"{'iteration':10} {'mountains':>9} {'sea':>9} {'city':>9} {'other':>8} {'gap':>9} {'start':>9} {'previous':>9}")
