@@ -355,5 +355,33 @@ def export(format: str, input: str, output: str, name: str = ""):
     log.info("%s: written", output)
 
 
+def harness(model: str, tasks: str, output: str, tokenizer: str = "", backend: str = "vllm", include_path: str = "",
+            num_fewshot: int = -1, limit: int = 0, chat_template: bool = True, max_model_len: int = 4096,
+            tensor_parallel_size: int = 1, seed: int = 0):
+    """Academic benchmarks through lm-evaluation-harness (pip install lm_eval).
+
+    Args:
+        model: checkpoint directory or Hub id
+        tasks: the harness's names, comma-separated: gsm8k,mmlu
+        output: its results, .json
+        tokenizer: directory or Hub id; default: the model's
+        backend: vllm, or hf (transformers)
+        include_path: folder with tasks of your own
+        num_fewshot: examples in the prompt; -1: the task's number
+        limit: at most so many questions a task, 0: all
+        chat_template: ask in the model's chat format
+        max_model_len: prompt and new tokens together
+        tensor_parallel_size: GPUs that share the model
+        seed: of the harness
+    """
+    from harness import BACKENDS, run_tasks
+    if backend not in BACKENDS:
+        raise StageError(f"--backend should be one of {', '.join(BACKENDS)}, got {backend}")
+    check_output_file("output", output)
+    print(run_tasks(model, split_list(tasks), output, tokenizer, backend, include_path,
+                    num_fewshot if num_fewshot >= 0 else None, limit or None, chat_template, max_model_len,
+                    tensor_parallel_size, seed))
+
+
 if __name__ == "__main__":
-    run(generate, compare, matrix, report, export, alpaca_eval)
+    run(generate, compare, matrix, report, export, harness, alpaca_eval)
