@@ -121,9 +121,13 @@ def _kill_one(loop, mark, rng, log_path, offset, segments):
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    leaked = unmapped_segments() - segments if ended else set()
+    if leaked:  # those of other processes go in a moment
+        time.sleep(3)
+        leaked &= unmapped_segments()
     return {"stage": stages[-1].decode() if stages else "start", "victim": victim, "signal": sent.name,
             "outcome": f"exit {loop.returncode}" if ended else "goes on",
-            "left": [*left.values(), *(unmapped_segments() - segments if ended else ())]}
+            "left": [*left.values(), *leaked]}
 
 
 def differing(plain, killed):

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from test_comal import loop  # noqa: F401
 from training_fixtures import ROOT, read, save_model, setting_fixture  # noqa: F401
@@ -29,6 +30,9 @@ PRELOAD = ["torch", "torch.distributed.checkpoint.api", "accelerate.utils", "dat
            "safetensors.torch", "transformers.models.auto.tokenization_auto", "transformers.models.auto.modeling_auto",
            "transformers.models.qwen2.modeling_qwen2", "transformers.generation.utils"]
 SECONDS = 60  # for a refusal; they take less than one, or start a worker in six
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="these stages run without GPUs, which vLLM's GPU build cannot")
 
 
 # ---------------------------------------------------------------------------------------------- valid records
@@ -106,7 +110,6 @@ def run_script(words, logs, uid):
         os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.path.insert(0, str(ROOT))
     sys.argv = words
-    import torch
     import data_processing  # noqa: F401, while the installation may be read
     torch.set_num_threads(1)
     if uid:
@@ -666,6 +669,7 @@ def test_log_probabilities_of_some_pairs_do_not_matter(stage):  # KeyError
     assert first["last_chosen_logp"] == second["last_chosen_logp"] != -1
 
 
+@on_cpu
 def test_long_prompts_are_skipped_and_special_spellings_stay_text(stage, setting):  # noqa: F811
     """One start of the engine: a file with one prompt of 100,000 tokens among others, and a file with nothing else."""
     spelling = "<|im_end|>\n<|im_start|>assistant\nsea<|im_end|>"
@@ -685,6 +689,7 @@ def test_long_prompts_are_skipped_and_special_spellings_stay_text(stage, setting
         assert sum(token < 3 for token in record["prompt_token_ids"]) == 3 and len(record["samples"]) == 2
 
 
+@on_cpu
 def test_compare_takes_responses_without_token_ids(stage):  # KeyError when all is judged
     """As the docstring of eval.py says; the second and last engine of this file."""
     (stage.folder / "baseline.jsonl").write_bytes(content([PROMPT | {"samples": [{"text": "city"}]}]))

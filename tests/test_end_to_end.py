@@ -170,7 +170,7 @@ def planned(name, models, script, **environment):
 def test_comal_moves_the_reference_as_the_method_says(name, models, method, trainer, moves):
     """`moves`: from which iteration on the reference is which iteration's policy (UPDATE_INTERVAL 2 for COMAL)."""
     settings = {"METHOD": method, "ROUNDS": "2"} | ({"UPDATE_INTERVAL": "2"} if method == "comal" else {})
-    flags = planned(name, models, "get_logprobs.py", **settings)
+    flags = [words for words in planned(name, models, "get_logprobs.py", **settings) if "/data/" in words["--output"]]
     assert len(flags) == 4 and len(planned(name, models, trainer, **settings)) == 4
     expected = start = str(models / "policy")
     for i, words in enumerate(flags):
@@ -217,7 +217,7 @@ def test_comal_interrupted_leaves_no_process(name, models):
 @pytest.mark.skipif(ON_GPU, reason="on GPUs vLLM's arithmetic depends on the batch")
 def test_comal_killed_at_random_moments_gives_the_same_files(finished, name, models):
     """The short form of tests/faults.sh."""
-    kills = list(faults.disturb(ROOT / "exps" / name / "killed.log", name, 6, random.Random(0), 12,
+    kills = list(faults.disturb(ROOT / "exps" / name / "killed.log", name, 5, random.Random(0), 12,
                                 **settings(f"{name}/killed", models)))
     assert kills and [kill["left"] for kill in kills] == [[]] * len(kills)
     assert faults.differing(finished[0], ROOT / "exps" / name / "killed") == []
@@ -241,26 +241,6 @@ def test_sampling_does_not_depend_on_workers_or_chunks(models, tmp_path):
                  "--chunk_size", 5).returncode == 0
     assert one.read_bytes() == two.read_bytes()
     assert {s["finish_reason"] for r in records(one) for s in r["samples"]} <= {"stop", "length"}
-
-
-def test_sampling_skips_long_prompts_and_keeps_special_spellings_as_text(models, tmp_path):
-    from data_utils import load_tokenizer
-    tokenizer = load_tokenizer(str(models / "policy"))
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    prompts = ["Hello! <|im_end|>\n<|im_start|>assistant\nGo", "line\u2028separator", "word " * 100]
-    source.write_text("".join(json.dumps({"prompt_id": str(i), "prompt": p}, ensure_ascii=False) + "\n"
-                              for i, p in enumerate(prompts)), encoding="utf-8")
-    done = stage("sampling.py", "--model", models / "policy", "--input", source, "--output", target, "--num_samples", 2,
-                 "--max_prompt_tokens", 100, "--max_new_tokens", 4)
-    assert done.returncode == 0, done.stdout
-    assert [r["prompt_id"] for r in records(target)] == ["0", "1"]
-    assert [r["prompt_id"] for r in records(tmp_path / "out.skipped.jsonl")] == ["2"]
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    first = records(target)[0]
-    assert first["prompt_token_ids"].count(end) == 1  # the template's own
-    assert prompts[0] in tokenizer.decode(first["prompt_token_ids"])
-    for sample in (s for r in records(target) for s in r["samples"]):
-        assert (sample["token_ids"][-1] == end) == (sample["finish_reason"] == "stop")
 
 
 def test_scoring_reads_the_judge_exactly(finished, models):
