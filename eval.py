@@ -6,6 +6,7 @@
     python eval.py matrix --judge JUDGE --responses start.jsonl,a.jsonl,b.jsonl --output matrix.json
     python eval.py report exps/A [exps/B]
     python eval.py export --format alpaca_eval|hf|hub --input FILE --output FILE
+    python eval.py harness --model CKPT --tasks gsm8k --output harness.json
 
 `generate` writes a samples file (see sampling.py) with one response a prompt; without --input the prompts are
 AlpacaEval's 805 instructions.
@@ -16,7 +17,8 @@ AlpacaEval's 805 instructions.
     order_gap, label_mass
 and beside it `<output>` with the ending .json, the summary: see `summarise`.
 `matrix` compares all with all, several checkpoints or systems, and writes the game between them: see `play`.
-`report` writes a page to read in a browser (report.py), `export` files for other tools (export.py).
+`report` writes a page to read in a browser (report.py), `export` files for other tools (export.py), `harness` runs academic
+benchmarks (harness.py).
 """
 
 import itertools
