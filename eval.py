@@ -215,7 +215,9 @@ def matrix(responses: str, output: str, names: str = "", measure: str = "mean_wi
         judge_responses([(paths[i], paths[j], path) for path, (i, j) in missing.items()], config, seed)
     result = {"names": labels, "responses": list(map(str, paths)), "measure": measure,
               **play(*win_probs_by_prompt(cells, len(paths)), measure, seed)}
-    heat_map(result, target.with_suffix(".svg"))
+    from report import draw_matrix
+    with atomic_file(target.with_suffix(".svg")) as file:
+        file.write(draw_matrix(result, whole_file=True).encode())
     write_text(target, json.dumps(result, indent=2) + "\n")
     print_matrix(result)
 
@@ -302,32 +304,6 @@ def print_matrix(result):
           f"{names[last['against']]}; duality gap against the others {result['last_duality_gap']:.3f}")
 
 
-def heat_map(result, path):
-    """The matrix as a picture: per cent that the row wins against the column, blue above one half, red below."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    names, count = result["names"], len(result["names"])
-    win = np.array([[0.5 if p is None else p for p in row] for row in result["win"]])
-    span = max(0.05, abs(win - 0.5).max())
-    size = 1.6 + 0.62 * count + 0.07 * max(map(len, names))
-    figure = Figure(figsize=(size, size * 0.9), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(win, cmap="RdBu", vmin=0.5 - span, vmax=0.5 + span)
-    for i, row in enumerate(result["win"]):
-        for j, p in enumerate(row):
-            dark = p is not None and abs(p - 0.5) > 0.6 * span
-            axes.text(j, i, "–" if p is None else f"{100 * p:.1f}", ha="center", va="center", fontsize=9,
-                      color="white" if dark else "black")
-    axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), names)
-    kind = "mean win probability" if result["measure"] == "mean_win_prob" else "win rate"
-    axes.set_title(f"{kind} of row against column, %\n{result['num_prompts']} prompts, both orders", fontsize=10)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    with atomic_file(path) as file, matplotlib.rc_context({"svg.hashsalt": "matrix"}):  # the same bytes each time
-        figure.savefig(file, format="svg", metadata={"Date": None})
-
-
 # ---------------------------------------------------------------------------------------------- report, other tools
 
 def report(experiments: list, output: str = "", num_prompts: int = 40):
@@ -339,8 +315,7 @@ def report(experiments: list, output: str = "", num_prompts: int = 40):
         num_prompts: prompts on the page of responses
     """
     from report import write_report
-    page = write_report(list(map(Path, experiments)), Path(output) if output else None, num_prompts)
-    log.info("%s: written", page)
+    write_report(list(map(Path, experiments)), Path(output) if output else None, num_prompts)
 
 
 def export(format: str, input: str, output: str, name: str = ""):

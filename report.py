@@ -10,6 +10,7 @@ is loaded. Output, in DIR (of one experiment: exps/NAME/report):
         name, path, settings (run.json)
         state           finished, total (iterations; null where run.json has no ROUNDS), last_evaluated, last_written
         start           the start policy's duality_gap, other, response_tokens
+        matrix          the newest matrix/iter<N>.json, see eval.py; {} where there is none
         iterations      one row each:
             iteration, finished, round_ends, reference_moved (behind it), weights (is the checkpoint still there)
             win_rate_start, mean_win_prob_start and their _interval; the same against _previous
@@ -318,8 +319,15 @@ def read_experiment(path, files):
     start = add_game(rows, read_json(path / "game.json", list))
     start["response_tokens"] = next((row["start_tokens"] for row in rows if row["start_tokens"]), None)
     return {"name": path.resolve().name, "path": str(path), "settings": settings,
-            "state": state(path, settings, rows), "start": start, "iterations": rows,
+            "state": state(path, settings, rows), "start": start, "matrix": newest_matrix(path), "iterations": rows,
             "steps": steps, "validation": validation, "unread": files.unread(path)}
+
+
+def newest_matrix(path):
+    """What `eval.py matrix` found after the last iteration that it was run behind, or {}."""
+    found = {int(file.stem[4:]): file for file in path.glob("matrix/iter*.json") if file.stem[4:].isdecimal()}
+    result = read_json(found[max(found)]) if found else {}
+    return result if {"names", "win", "worst_case", "nash_mixture"} <= result.keys() else {}
 
 
 def add_game(rows, game):
@@ -354,7 +362,8 @@ def evaluated(row):
 
 COLOURS = ("#1f6f8b", "#c8553d", "#6a5d8f", "#78862f", "#b0892e", "#55606a")  # one an experiment
 STAGE_COLOURS = {"sampling": "#5b8fa8", "scoring": "#93b7be", "pairs": "#d9c9a3", "logprobs": "#e2a76f",
-                 "training": "#b5654a", "responses": "#8d86a9", "evaluation": "#b9b4cc"}
+                 "start_logprobs": "#efcfae", "training": "#b5654a", "responses": "#8d86a9", "evaluation": "#b9b4cc",
+                 "matrix": "#d8d5e2"}
 OTHER_STAGE = "#9aa0a6"
 
 
@@ -606,6 +615,39 @@ def draw_times(experiments):
         return svg(figure, "Time by stage")
 
 
+def draw_matrix(result, whole_file=False):
+    """The SVG of `eval.py matrix`: per cent that the row wins against the column, blue above one half, red below."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    names, count = result["names"], len(result["names"])
+    win = np.array([[0.5 if p is None else p for p in row] for row in result["win"]])
+    span = max(0.05, abs(win - 0.5).max())
+    size = max(3.6, 1.2 + 0.6 * count + 0.07 * max(map(len, names)))
+    with plot_style("matrix"):
+        figure = Figure(figsize=(size, size), layout="constrained")
+        axes = figure.add_subplot()
+        axes.pcolormesh(win, cmap="RdBu", vmin=0.5 - span, vmax=0.5 + span)
+        axes.set_aspect("equal")
+        axes.invert_yaxis()
+        for i, row in enumerate(result["win"]):
+            for j, p in enumerate(row):
+                dark = p is not None and abs(p - 0.5) > 0.6 * span
+                axes.text(j + 0.5, i + 0.5, as_text(p, 1, 100), ha="center", va="center",
+                          color="white" if dark else "black")
+        centres = np.arange(count) + 0.5
+        axes.set_xticks(centres, names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(centres, names)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        if whole_file:
+            kind = "mean win probability" if result["measure"] == "mean_win_prob" else "win rate"
+            axes.set_title(f"{kind}, %: row against column\n{result['num_prompts']} prompts, both orders", fontsize=9.5)
+            text = StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None})
+            return text.getvalue()
+        return svg(figure, "All against all")
+
+
 # ---------------------------------------------------------------------------------------------- text
 
 def as_text(value, decimals=1, scale=1):
@@ -677,6 +719,20 @@ def times_html(experiments):
     if len(experiments) > 1:
         caption += " The cap of a bar has its experiment's colour."
     return [figure_html("Time by stage", legend(entries), draw_times(experiments), caption)], []
+
+
+def matrix_html(experiment):
+    """The newest matrix of an experiment and what it says about the last checkpoint; nothing where there is none."""
+    result = experiment["matrix"]
+    if not result:
+        return ""
+    names, last = result["names"], result["worst_case"][-1]
+    mixture = ", ".join(f"{name} {as_text(share, 2)}" for name, share in zip(names, result["nash_mixture"]) if share > 0.005)
+    kind = "Mean win probability" if result["measure"] == "mean_win_prob" else "Win rate"
+    caption = (f"{kind} of the row against the column in %, {result['num_prompts']} prompts in both orders. The worst of "
+               f"{names[-1]} is {as_text(last['win'], 1, 100)} % (95 %: {interval(last['interval'], 100)}) against "
+               f"{names[last['against']]}. A Nash mixture of these players: {mixture}.")
+    return figure_html(experiment["name"], "", draw_matrix(result), caption)
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -860,6 +916,9 @@ def index_html(experiments):
         if any(row["reference_moved"] for experiment in experiments for row in experiment["iterations"]):
             body += "; ▲ on the axis: the reference moved there"
         body += ".</p>" + "".join(section_html(title, plots, experiments) for title, plots in SECTIONS.items())
+        matrices = "".join(map(matrix_html, experiments))
+        if matrices:
+            body += f'<section><h2>All against all</h2><div class="grid">{matrices}</div></section>'
         body += ("<section><h2>By iteration</h2>" + iterations_table(experiments) +
                  '<p class="note">In colour: the highest figures against the start and the lowest duality gap. '
                  "Intervals: 95 %. KL from reference and start, sample length and truncation are those of the "
