@@ -5,10 +5,12 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
@@ -58,6 +60,20 @@ def some_model(tmp_path_factory):
     (directory / "config.json").write_text("{}")
     save_file({"weight": torch.zeros(3)}, directory / "model.safetensors")
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def demo_models(tmp_path_factory, worker_id):
+    """The demo's models, fitted briefly, and 32 prompts an iteration; built once, also for tests that run in parallel."""
+    folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    directory = folder / "demo-models"
+    with FileLock(folder / "demo-models.lock"):
+        built = subprocess.run(["bash", "data/demo/build.sh", str(directory)], cwd=ROOT, text=True, timeout=600,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {
+                                   "PYTHON": sys.executable, "POLICY_EPOCHS": "10", "JUDGE_SHORT_EPOCHS": "1",
+                                   "JUDGE_EPOCHS": "1", "PROMPTS_PER_ITERATION": "32"})
+    assert built.returncode == 0, built.stdout
+    return directory
 
 
 @pytest.fixture(scope="session")

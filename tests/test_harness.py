@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from test_end_to_end import models, name, run  # noqa: F401
+from test_end_to_end import run
 from utils import StageError
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm_eval: pip install lm_eval")
@@ -31,14 +31,14 @@ metric_list:
 
 @needs_harness
 @pytest.mark.parametrize("backend", ["hf", "vllm"])
-def test_harness_scores_a_task(models, tmp_path, backend):  # noqa: F811
+def test_harness_scores_a_task(demo_models, tmp_path, backend):
     """The start policy gives the first answer with probability 0.8, the others with 0.1: right wherever that is asked for."""
     from game import ANSWERS, phrasings
     questions = tmp_path / "holiday.jsonl"
     questions.write_text("".join(json.dumps({"question": prompt, "choices": ANSWERS, "answer": number % 2}) + "\n"
                                  for number, prompt in enumerate(phrasings()[0][:8])))
     (tmp_path / "holiday.yaml").write_text(TASK.format(questions=questions))
-    done = run([sys.executable, "eval.py", "harness", "--model", str(models / "policy"), "--tasks", "holiday",
+    done = run([sys.executable, "eval.py", "harness", "--model", str(demo_models / "policy"), "--tasks", "holiday",
                 "--include_path", str(tmp_path), "--output", str(tmp_path / "out.json"), "--backend", backend,
                 "--max_model_len", "256"])
     assert done.returncode == 0, done.stdout
