@@ -4,12 +4,14 @@
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import eval
+import game
 from conftest import LengthJudge
 from eval import join_responses, play, short_names, summarise
 from game import PREFERENCE, START
@@ -213,3 +215,27 @@ def test_preference_of_the_game_is_zero_sum():
 ])
 def test_duality_gap_values(policy, gap):
     assert duality_gap(policy, PREFERENCE) == pytest.approx(gap, abs=1e-12)
+
+
+def test_the_demos_table_keeps_rows_of_checkpoints_whose_weights_are_gone(tmp_path, monkeypatch):
+    measured = []
+
+    def describe(checkpoint):
+        measured.append(Path(checkpoint).parent.name if Path(checkpoint).name == "ckpt" else "start")
+        return {"distribution": [1, 0, 0], "other": 0, "duality_gap": 0.8}
+
+    monkeypatch.setattr(game, "describe", describe)
+    for i in range(2):
+        (tmp_path / f"iter{i}/ckpt/model").mkdir(parents=True)
+        (tmp_path / f"iter{i}/ckpt/DONE").touch()
+        os.utime(tmp_path / f"iter{i}/ckpt/DONE", (1000 * i,) * 2)
+        game.table(str(tmp_path), "models/policy")
+        os.utime(tmp_path / "game.json", (1000 * i + 500,) * 2)
+    assert measured == ["start", "iter0", "iter1"]
+    (tmp_path / "iter0/ckpt/model").rmdir()
+    (tmp_path / "iter1/eval").mkdir()
+    (tmp_path / "iter1/eval/vs_start.json").write_text('{"mean_win_prob": 0.75}')  # now, later than the table
+    game.table(str(tmp_path), "models/policy")
+    assert measured == ["start", "iter0", "iter1"]  # nothing anew
+    rows = json.loads((tmp_path / "game.json").read_text())
+    assert [row["iteration"] for row in rows] == ["start", 0, 1] and rows[2]["win_prob"] == [0.75, None]
