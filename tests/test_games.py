@@ -1,0 +1,147 @@
+"""The algorithm on exact games: tabular softmax policies, every pair enumerated, losses.py in float64.
+
+    python -m pytest tests/test_games.py        (-s shows the gaps)
+
+No sampling: the loss of an inner iteration is its expectation over pairs drawn from the last policy, minimised by Newton's
+method with the derivatives of losses.py. What comes out is compared with solutions found in other ways: by hand, by linear
+programming, by a root of the regularised game's fixed-point equation.
+"""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import root
+
+from losses import dpo_loss, inpo_loss, ipo_loss
+from nash import duality_gap, nash_mixture
+
+ETA, R, MOVES = 1 / 3, 1 / 3, 6  # the reference moves every 6 inner iterations
+
+
+def random_game(size, seed):
+    skew = np.random.default_rng(seed).uniform(-0.5, 0.5, (size, size))
+    return 0.5 + (skew - skew.T) / 2
+
+
+def with_dominated(game):
+    """The game and one more response, which loses to all others with probability 0.95."""
+    size = len(game)
+    larger = np.full((size + 1, size + 1), 0.5)
+    larger[:size, :size] = game
+    larger[:size, size], larger[size, :size] = 0.95, 0.05
+    return larger
+
+
+PAPER = np.array([[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]])
+CONDORCET = np.array([[0.5, 0.6, 0.7], [0.4, 0.5, 0.9], [0.3, 0.1, 0.5]])  # the first beats each of the others
+GAMES = {"paper": PAPER, "dominated": with_dominated(PAPER), "condorcet": CONDORCET, "random": random_game(5, 4)}
+START = {"paper": [0.8, 0.1, 0.1], "dominated": [0.1, 0.1, 0.1, 0.7], "condorcet": [0.05, 0.05, 0.9],
+         "random": [0.6, 0.1, 0.1, 0.1, 0.1]}
+
+
+def expected_loss(loss, policy, last, game, anchors, soft=True):
+    """Mean of `loss` over ordered pairs of different responses, drawn independently from the last policy.
+
+    Policies are log-probabilities (K,); `anchors` are those that the loss takes after the policy's own. With soft labels
+    the pair (i, j) counts as it is, with win_prob; without, as i preferred to j with probability P[i][j], or the other way.
+    """
+    size = len(policy)
+    i, j = (torch.tensor(index) for index in zip(*((a, b) for a in range(size) for b in range(size) if a != b)))
+    logps = [values[index] for values in (policy, *anchors) for index in (i, j)]
+    win_prob = torch.tensor(game)[i, j]
+    weight = (last[i] + last[j]).exp() * (0.5 if soft else win_prob)
+    return (weight * (loss(*logps, win_prob=win_prob) if soft else loss(*logps))).sum()
+
+
+def minimise(objective, start):
+    """The log-policy (K,) that minimises a convex objective of it, by Newton's method.
+
+    The Hessian is scaled to ones on its diagonal: a response with probability 1e-12 counts as little in it.
+    """
+    theta = start.clone()
+    for _ in range(50):
+        gradient = torch.autograd.functional.jacobian(lambda x: objective(x.log_softmax(0)), theta)
+        hessian = torch.autograd.functional.hessian(lambda x: objective(x.log_softmax(0)), theta)
+        scale = hessian.diagonal().clamp_min(1e-300).rsqrt()
+        step = scale * torch.linalg.lstsq(scale[:, None] * hessian * scale, (scale * gradient)[:, None],
+                                          driver="gelsd").solution[:, 0]
+        theta = theta - step
+        if step.abs().max() < 1e-13 * max(1, theta.abs().max()):
+            break
+    return theta.log_softmax(0)
+
+
+def play(method, name, iterations):
+    """The duality gap of the start and after each iteration, and the last log-policy."""
+    game = GAMES[name]
+    last = reference = torch.tensor(START[name], dtype=torch.float64).log()
+    gaps = [duality_gap(last.exp(), game)]
+    for iteration in range(iterations):
+        if method in ("comal", "inpo"):
+            policy = minimise(lambda logps: expected_loss(
+                lambda *args, win_prob: inpo_loss(*args, ETA, R, win_prob), logps, last, game,
+                (reference, last)), last)
+        elif method == "iter-ipo":
+            policy = minimise(lambda logps: expected_loss(
+                lambda *args, win_prob: ipo_loss(*args, ETA, win_prob), logps, last, game, (last,)), last)
+        else:
+            policy = minimise(lambda logps: expected_loss(
+                lambda *args: dpo_loss(*args, 1.0), logps, last, game, (last,), soft=False), last)
+        last = policy
+        gaps.append(duality_gap(last.exp(), game))
+        if method == "comal" and (iteration + 1) % MOVES == 0:
+            reference = last
+    return gaps, last
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_comal_reaches_the_nash_policy(name, capsys):
+    gaps, last = play("comal", name, 300)
+    with capsys.disabled():
+        print(f" [{name}: gap {gaps[0]:.2f} at the start, {gaps[12]:.1e} after 12, {gaps[48]:.1e} after 48, "
+              f"{gaps[-1]:.1e} after 300] ", end="")
+    assert gaps[-1] < 1e-10
+    assert last.exp().numpy() == pytest.approx(nash_mixture(GAMES[name]), abs=1e-6)
+
+
+def regularised_nash(game, reference, tau):
+    """The solution of `pi = softmax(log pi_ref + P(. > pi)/tau)`, the game with tau KL(pi || pi_ref), by a root finder."""
+    def residual(theta):
+        policy = np.exp(theta - theta.max())
+        policy /= policy.sum()
+        target = reference + game @ policy / tau
+        return theta - (target - target.mean())
+    start = reference - reference.mean()
+    found = root(residual, start, tol=1e-13)
+    assert found.success
+    policy = np.exp(found.x - found.x.max())
+    return policy / policy.sum()
+
+
+@pytest.mark.parametrize("name", ["paper", "random", "condorcet"])
+def test_inpo_with_a_fixed_reference_stops_at_the_regularised_nash_policy(name):
+    gaps, last = play("inpo", name, 200)
+    expected = regularised_nash(GAMES[name], np.log(START[name]), R * ETA)
+    assert last.exp().numpy() == pytest.approx(expected, abs=1e-9)
+    assert gaps[-1] == pytest.approx(duality_gap(expected, GAMES[name]), abs=1e-9) and gaps[-1] > 0.01
+
+
+@pytest.mark.parametrize("method", ["iter-ipo", "iter-dpo"])
+def test_iterated_baselines_circle(method, capsys):
+    gaps, _ = play(method, "paper", 120)
+    with capsys.disabled():
+        print(f" [{method}: smallest gap {min(gaps):.2f}, last ten {min(gaps[-10:]):.2f} to {max(gaps[-10:]):.2f}] ", end="")
+    assert min(gaps) > 0.2
+
+
+def test_soft_labels_give_the_gradient_of_hard_labels_on_average():
+    game, last = PAPER, torch.tensor(START["paper"], dtype=torch.float64).log()
+    policy = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+
+    def gradient(soft):
+        def objective(logps):
+            loss = (lambda *args, win_prob=None: ipo_loss(*args, ETA, win_prob))
+            return expected_loss(loss, logps, last, game, (last,), soft)
+        return torch.autograd.functional.jacobian(lambda x: objective(x.log_softmax(0)), policy)
+
+    assert torch.allclose(gradient(soft=True), gradient(soft=False), atol=1e-12)
