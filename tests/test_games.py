@@ -7,11 +7,14 @@ method with the derivatives of losses.py. What comes out is compared with soluti
 programming, by a root of the regularised game's fixed-point equation.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import root
 
+from data_processing import PAIR_RULES, mean_win_probs
 from losses import dpo_loss, inpo_loss, ipo_loss
 from nash import duality_gap, nash_mixture
 
@@ -53,13 +56,13 @@ def expected_loss(loss, policy, last, game, anchors, soft=True):
     return (weight * (loss(*logps, win_prob=win_prob) if soft else loss(*logps))).sum()
 
 
-def minimise(objective, start):
-    """The log-policy (K,) that minimises a convex objective of it, by Newton's method.
+def minimise(objective, start, steps=50):
+    """The log-policy (K,) that minimises a convex objective of it, by Newton's method; of a quadratic one in one step.
 
     The Hessian is scaled to ones on its diagonal: a response with probability 1e-12 counts as little in it.
     """
     theta = start.clone()
-    for _ in range(50):
+    for _ in range(steps):
         gradient = torch.autograd.functional.jacobian(lambda x: objective(x.log_softmax(0)), theta)
         hessian = torch.autograd.functional.hessian(lambda x: objective(x.log_softmax(0)), theta)
         scale = hessian.diagonal().clamp_min(1e-300).rsqrt()
@@ -145,3 +148,54 @@ def test_soft_labels_give_the_gradient_of_hard_labels_on_average():
         return torch.autograd.functional.jacobian(lambda x: objective(x.log_softmax(0)), policy)
 
     assert torch.allclose(gradient(soft=True), gradient(soft=False), atol=1e-12)
+
+
+# ---- Which pair rules are unbiased ----
+
+SHARP = np.array([[0.5, 0.05, 0.6], [0.95, 0.5, 0.05], [0.4, 0.95, 0.5]])  # Nash (.45, .10, .45), far from uniform
+K = 5
+
+
+def rule_pairs(rule, game):
+    """(responses of K samples (S, K), chosen (S,), rejected (S,), share (S,)) for all sequences of K samples and what the
+    rule of data_processing.py makes of each; pairs of the same response and ties are dropped, as make_pairs does."""
+    rows = []
+    for sequence in itertools.product(range(len(game)), repeat=K):
+        win_probs = [[None if i == j else game[a][b] for j, b in enumerate(sequence)] for i, a in enumerate(sequence)]
+        scores = mean_win_probs(win_probs)
+        pairs = list(itertools.combinations(range(K), 2)) if rule == "random" else [PAIR_RULES[rule](win_probs, None)]
+        for chosen, rejected in pairs:
+            if rule == "random" and game[sequence[chosen]][sequence[rejected]] < 0.5:
+                chosen, rejected = rejected, chosen
+            tie = rule != "random" and scores[chosen] == scores[rejected]
+            if sequence[chosen] != sequence[rejected] and not tie:
+                rows.append((sequence, sequence[chosen], sequence[rejected], 1 / len(pairs)))
+    return [torch.tensor(column) for column in zip(*rows)]
+
+
+def rule_limit(rule, soft, game, rounds=150):
+    """The policy that COMAL with a pair rule ends at: eta 1, the reference moves every 12 iterations; exact expectations."""
+    sequences, chosen, rejected, share = rule_pairs(rule, game)
+    win_prob = torch.tensor(game)[chosen, rejected] if soft else None
+    last = reference = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64).log()
+    for iteration in range(12 * rounds):
+        weight = last[sequences].sum(1).exp() * share
+        last = minimise(lambda logps: (weight * inpo_loss(
+            logps[chosen], logps[rejected], reference[chosen], reference[rejected], last[chosen], last[rejected], 1.0, R,
+            win_prob)).sum(), last, steps=1)
+        if (iteration + 1) % 12 == 0:
+            reference = last
+    return last.exp().numpy()
+
+
+@pytest.mark.parametrize("rule, soft, paper_gap, sharp_gap", [
+    ("random", True, 0, 0), ("random", False, 0.067, 0.234), ("best_worst", False, 0.067, 0.052),
+    ("top_two", False, 0.067, 0.134), ("top_two", True, 0.062, 0.540), ("best_worst", True, 0.006, 0.056)])
+def test_pair_rules_and_the_gap_that_they_end_at(rule, soft, paper_gap, sharp_gap, capsys):
+    """The table in the README: only random pairs with soft labels keep the Nash policy."""
+    limits = [rule_limit(rule, soft, game) for game in (PAPER, SHARP)]
+    gaps = [duality_gap(limit, game) for limit, game in zip(limits, (PAPER, SHARP))]
+    with capsys.disabled():
+        print(f" [{rule}, {'soft' if soft else 'hard'}: {limits[0].round(3)} gap {gaps[0]:.3f}, {limits[1].round(3)} gap "
+              f"{gaps[1]:.3f}] ", end="")
+    assert gaps == pytest.approx([paper_gap, sharp_gap], abs=0.002)
