@@ -15,7 +15,7 @@ Exit code 0 means that every other record is in the output.
 
 from functools import partial
 
-from utils import file_lists, read_jsonl, read_samples, run
+from utils import file_lists, log, read_jsonl, read_samples, run
 from vllm_model import Judge, JudgeConfig, judge_figures
 from workers import map_files
 
@@ -32,7 +32,12 @@ def main(input: str, output: str, **judge: JudgeConfig):
     made_with = config.made_with()
     jobs = [(partial(read_samples, path), target, made_with) for path, target in zip(inputs, outputs)]
     map_files(jobs, partial(Judge, config), config, "scoring")
-    judge_figures(record for path in outputs for record in read_jsonl(path))
+    figures = judge_figures(record for path in outputs for record in read_jsonl(path))
+    if figures["label_mass"] is not None:
+        log.info("the judge's two orders differ by %(order_gap).3f on average; it puts %(label_mass).3f of its probability on "
+                 "its labels", figures)
+        if figures["label_mass"] < 0.5:
+            log.warning("the judge mostly answers something else than its labels: are --template and --labels its own?")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
-import logging
 import math
 import os
 import re
@@ -12,7 +11,7 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from utils import (StageError, check_at_least, check_weights, derive_seed, log, model_fingerprint, resolve_model,
+from utils import (StageError, check_at_least, check_weights, derive_seed, model_fingerprint, resolve_model,
                    resolve_tokenizer, split_list, text_id)
 from workers import PoolConfig
 
@@ -308,10 +307,6 @@ def judge_figures(records):
     """Means of `order_gap` and `label_mass` over judged records, None where all their responses are identical."""
     judged = [(record["order_gap"], record["label_mass"]) for record in records if record["label_mass"] is not None]
     gap, mass = (sum(values) / len(values) for values in zip(*judged)) if judged else (None, None)
-    if mass is not None:
-        log.log(logging.WARNING if mass < 0.5 else logging.INFO,
-                "the judge's two orders differ by %.3f on average; it puts %.3f of its probability on its labels%s",
-                gap, mass, ": is it answering something else?" if mass < 0.5 else "")
     return {"order_gap": gap, "label_mass": mass}
 
 
