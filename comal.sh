@@ -64,6 +64,7 @@ SELECT=${SELECT:-best}                                  # checkpoint with the lo
 # Evaluation: win rates against the start policy and the previous iteration
 EVAL_EVERY=${EVAL_EVERY:-1}                             # iterations; all since the last time are compared at once
 EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-0.7}
+KL_FROM_START=${KL_FROM_START:-true}                    # also measure it where the start policy is not the reference
 
 # Machine
 GPUS=${GPUS:-auto}                                      # auto, none, or physical numbers: 0,2,3
@@ -104,6 +105,7 @@ check_values() {  # everything that can be known to be wrong before hours of wor
   one_of SELECT best last
   one_of SOFT_LABELS true false
   one_of GRADIENT_CHECKPOINTING true false
+  one_of KL_FROM_START true false
   one_of ON_ERROR fail skip
   one_of KEEP_CKPTS all rounds last
   whole 1 ROUNDS SPLITS MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS NUM_EPOCHS GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE \
@@ -275,7 +277,7 @@ train() {
 }
 
 start_logprobs() {  # the start policy's log-probabilities of the test pairs, where it is not the reference: for the report
-  [[ $reference != "$MODEL" ]] || return 0
+  [[ $reference != "$MODEL" && $KL_FROM_START == true ]] || return 0
   stage start_logprobs "$iter/eval/start_logps.jsonl" -- \
     "${launch[@]}" get_logprobs.py \
     --model "$MODEL" \

@@ -31,3 +31,4 @@ MAX_LENGTH=${MAX_LENGTH:-128}
 MAX_GRAD_NORM=${MAX_GRAD_NORM:-1}
 SELECT=${SELECT:-last}                  # some 50 test pairs are too few to choose by
 EVAL_EVERY=${EVAL_EVERY:-6}
+KL_FROM_START=${KL_FROM_START:-false}   # spares a start of PyTorch an iteration
