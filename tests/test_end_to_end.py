@@ -254,6 +254,17 @@ def test_scoring_reads_the_judge_exactly(finished, models):
     assert 0 < record["label_mass"] <= 1 + 1e-6 and math.isfinite(record["label_mass"])
 
 
+def test_scoring_refuses_a_model_that_is_no_judge(models, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    samples = [{"text": text, "token_ids": [5], "finish_reason": "stop"} for text in ("sea", "city")]
+    source.write_text("".join(json.dumps({"prompt_id": str(i), "prompt": f"Where? {i}", "prompt_token_ids": [5],
+                                          "samples": samples}) + "\n" for i in range(12)))
+    done = stage("scoring.py", "--judge", models / "policy", "--input", source, "--output", target,
+                 "--max_prompt_tokens", 4000)
+    assert done.returncode == 1 and not target.exists(), done.stdout
+    assert "of its probability on the two labels, so it does not answer with one of them" in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize("flags, code, message", [
     (["--modle", "x"], 2, "unknown flag --modle; did you mean --model?"),
     (["--model", "no/such/model"], 1, "model no/such/model: no such directory"),
