@@ -293,7 +293,8 @@ def import_pairs(output: str, local_file: str = "", dataset: str = "trl-lib/ultr
     """Turn a preference data set in one of TRL's formats into pairs that get_logprobs.py takes.
 
     `chosen` and `rejected` are answers, as text or messages, beside a `prompt`, or whole conversations that differ in
-    their last message. Other rows, and pairs of the same answer, are left out and counted.
+    their last message. Other rows, and pairs of the same answer, are left out and counted. Only the text is taken: files
+    that this project wrote go to get_logprobs.py as they are, with their token ids and win probabilities.
 
     Args:
         output: pairs file

@@ -193,16 +193,19 @@ def matrix(responses: str, output: str, names: str = "", measure: str = "mean_wi
         responses: responses files to the same prompts, comma-separated, the last checkpoint last
         output: result, ending in .json; the heat map goes beside it (.svg), the judgements to cells/
         names: one a file, comma-separated; default: from the paths
-        measure: mean_win_prob, the game's payoff, or win_rate, the share of prompts with a probability above 1/2
+        measure: mean_win_prob, the game's payoff, or win_rate, the share of prompts with a probability above 1/2, ties half
         seed: of the bootstrap
     """
     paths, target = file_lists(responses=responses)[0], Path(output)
     labels = split_list(names) or short_names(paths)
-    if len(paths) < 2 or len(labels) != len(paths) or len(set(labels)) < len(labels):
-        raise StageError(f"--responses and --names should be as many, at least two, and names different; got {len(paths)} "
-                         f"files and the names {', '.join(labels)}")
-    if measure not in MEASURES or target.suffix != ".json":
-        raise StageError(f"--measure should be one of {', '.join(MEASURES)}, --output end in .json; got {measure}, {output}")
+    if len(paths) < 2 or len(set(paths)) < len(paths):
+        raise StageError(f"--responses should be two different files or more, comma-separated, got {responses}")
+    if len(labels) != len(paths) or len(set(labels)) < len(labels):
+        raise StageError(f"--names should be {len(paths)} different names, one a file, got {', '.join(labels)}")
+    if measure not in MEASURES:
+        raise StageError(f"--measure should be one of {', '.join(MEASURES)}, got {measure}")
+    if target.suffix != ".json":
+        raise StageError(f"--output should end in .json, got {output}")
     config = JudgeConfig(**judge)
     made_with, prints = config.made_with(), [fingerprint(path) for path in paths]
     cells = {}  # (i, j), i before j: the file of i's responses against j's
@@ -213,7 +216,7 @@ def matrix(responses: str, output: str, names: str = "", measure: str = "mean_wi
     log.info("%d comparisons, %d of them judged before", len(cells), len(cells) - len(missing))
     if missing:
         judge_responses([(paths[i], paths[j], path) for path, (i, j) in missing.items()], config, seed)
-    result = {"names": labels, "responses": list(map(str, paths)), "measure": measure,
+    result = {"names": labels, "responses": list(map(str, paths)), "judge": config.judge, "measure": measure,
               **play(*win_probs_by_prompt(cells, len(paths)), measure, seed)}
     from report import draw_matrix
     with atomic_file(target.with_suffix(".svg")) as file:
@@ -300,8 +303,8 @@ def print_matrix(result):
                "won at least half against every other; one half lies in the interval" if last["win"] >= 0.5 else
                "may win half against every other: one half lies in the interval" if high >= 0.5 else
                "does not win half against every other")
-    print(f"\n{names[-1]} {verdict}. Its worst: {100 * last['win']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] against "
-          f"{names[last['against']]}; duality gap against the others {result['last_duality_gap']:.3f}")
+    print(f"\n{names[-1]} {verdict}. Its worst: {100 * last['win']:.1f} % against {names[last['against']]} "
+          f"(95 % interval of the worst over all: {100 * low:.1f} to {100 * high:.1f})")
 
 
 # ---------------------------------------------------------------------------------------------- report, other tools

@@ -48,7 +48,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import StageError, dump_json, fingerprint, log, read_jsonl, write_text
+from utils import StageError, check_at_least, dump_json, fingerprint, log, read_jsonl, write_text
 
 STEP_POINTS = 40  # an iteration in a training plot: a curve, not every step of it
 
@@ -81,6 +81,14 @@ class Files:
         cache = read_json(cache_path)
         self.known = cache.get("figures", {}) if cache.get("code") == self.code else {}
         self.used = {}
+        self.damaged = []  # JSON files that are there and cannot be read
+
+    def read(self, path, kind=dict):
+        """`read_json`, which notes a damaged file."""
+        found = read_json(path, kind)
+        if not found and Path(path).exists():
+            self.damaged.append(str(Path(path).resolve()))
+        return found
 
     def figures(self, measure, *paths, **options):
         """What `measure(records, ..., **options)` finds in these files, or {} when one is missing or unreadable."""
@@ -104,7 +112,7 @@ class Files:
     def unread(self, folder):
         """What was wrong with the files under a folder; a last line that is being written is nothing wrong."""
         prefix = str(folder.resolve()) + os.sep
-        return [message for key, entry in self.used.items() for message in entry["damage"]
+        return [f"{path}: no JSON" for path in self.damaged if path.startswith(prefix)] + [message for key, entry in self.used.items() for message in entry["damage"]
                 if json.loads(key)[2].startswith(prefix) and not json.loads(key)[2].endswith("metrics.jsonl")]
 
     def save(self):
@@ -205,9 +213,9 @@ def ratio(part, whole):
     return part / whole if whole else None
 
 
-def evaluation_figures(folder):
+def evaluation_figures(files, folder):
     """Win rates with their intervals, and mean lengths, from the summaries in eval/."""
-    found = {name: read_json(folder / "eval" / f"vs_{name}.json") for name in ("start", "previous")}
+    found = {name: files.read(folder / "eval" / f"vs_{name}.json") for name in ("start", "previous")}
     figures = {f"{field}_{name}{ending}": found[name].get(field + ending)
                for name in found for field in ("win_rate", "mean_win_prob") for ending in ("", "_interval")}
     tokens, start_tokens = found["start"].get("mean_tokens") or [None, None]
@@ -259,7 +267,7 @@ def iteration_row(files, folder, number, reference_is_start, training):
         "iteration": number,
         "finished": (folder / "next.json").exists(),
         "weights": any(model.glob("*.safetensors")) or any(model.glob("*.bin")),
-        **evaluation_figures(folder),
+        **evaluation_figures(files, folder),
         **sampling_figures(files, folder),
         **kl_figures(files, folder, reference_is_start),
         **{name: training.get(name) for name in ("kl_moved", "training_loss", "margin", "accuracy", "tokens_per_s")},
@@ -295,11 +303,11 @@ def iteration_folders(path, first):
 def read_experiment(path, files):
     """An experiment as in summary.json, see above. Raises StageError where the folder is none."""
     path = Path(path)
-    settings = {name: str(value) for name, value in read_json(path / "run.json").items()}
+    settings = {name: str(value) for name, value in files.read(path / "run.json").items()}
     first, reference = beginning(path, settings)
     folders = iteration_folders(path, first)
     if not settings and not folders:
-        raise StageError(f"{path} is no experiment: it has neither run.json nor iterations (iter0, ...)")
+        raise StageError(f"{path} is no experiment: it has neither a readable run.json nor iterations (iter0, ...)")
     rows, steps, validation, total = [], [], [], 1
     for number, folder in tqdm(folders.items(), desc=f"reading {path}", unit="iteration", leave=False, disable=None):
         training = files.figures(training_figures, folder / "ckpt" / "metrics.jsonl")
@@ -308,7 +316,7 @@ def read_experiment(path, files):
         total = max(1, training.get("num_steps", 0), 0 if done else total)
         from_start = reference is not None and reference == settings.get("MODEL")
         row = iteration_row(files, folder, number, from_start, training)
-        then = read_json(folder / "next.json").get("reference")
+        then = files.read(folder / "next.json").get("reference")
         row["reference_moved"] = bool(then and reference and then != reference)
         reference = then
         splits = settings.get("SPLITS", "")
@@ -316,17 +324,17 @@ def read_experiment(path, files):
         rows.append(row)
         steps += training_rows(number, training, total, "steps")
         validation += training_rows(number, training, total, "validation")
-    start = add_game(rows, read_json(path / "game.json", list))
+    start = add_game(rows, files.read(path / "game.json", list))
     start["response_tokens"] = next((row["start_tokens"] for row in rows if row["start_tokens"]), None)
     return {"name": path.resolve().name, "path": str(path), "settings": settings,
-            "state": state(path, settings, rows), "start": start, "matrix": newest_matrix(path), "iterations": rows,
+            "state": state(path, settings, rows), "start": start, "matrix": newest_matrix(files, path), "iterations": rows,
             "steps": steps, "validation": validation, "unread": files.unread(path)}
 
 
-def newest_matrix(path):
+def newest_matrix(files, path):
     """What `eval.py matrix` found after the last iteration that it was run behind, or {}."""
     found = {int(file.stem[4:]): file for file in path.glob("matrix/iter*.json") if file.stem[4:].isdecimal()}
-    result = read_json(found[max(found)]) if found else {}
+    result = files.read(found[max(found)]) if found else {}
     return result if {"names", "win", "worst_case", "nash_mixture"} <= result.keys() else {}
 
 
@@ -488,9 +496,15 @@ SECTIONS = {
 def series(line, experiment, scale):
     """([x], [y], [(low, high)] or []) of the rows where the figure is known."""
     rows = [row for row in experiment[line.source] if row[line.field] is not None]
-    bands = [[scale * bound for bound in row[line.band]] for row in rows if line.band and row[line.band]]
-    return ([row["iteration"] for row in rows], [scale * row[line.field] for row in rows],
-            bands if len(bands) == len(rows) else [])
+    bands = bool(line.band and all(row[line.band] for row in rows))
+    points = []  # (x, y, band), and one without values where an iteration is missing: no line goes across
+    for row in rows:
+        if points and row["iteration"] - points[-1][0] > 1.001:
+            points.append((row["iteration"] - 0.5, math.nan, [math.nan, math.nan]))
+        points.append((row["iteration"], scale * row[line.field],
+                       [scale * bound for bound in row[line.band]] if bands else None))
+    xs, ys, intervals = map(list, zip(*points)) if points else ([], [], [])
+    return xs, ys, intervals if bands else []
 
 
 def has_data(plot, experiments):
@@ -574,7 +588,8 @@ def draw_lines(plot, experiments):
         if plot.from_zero:
             axes.set_ylim(0, 1.12 * max(axes.dataLim.y1, 0) or 1)
         if plot.cut:
-            values = sorted(y for e in experiments for line in plot.lines for y in series(line, e, plot.scale)[1])
+            values = sorted(y for e in experiments for line in plot.lines for y in series(line, e, plot.scale)[1]
+                            if not math.isnan(y))
             top = 1.3 * max(plot.level, values[int(0.98 * (len(values) - 1))])
             if top < values[-1]:
                 axes.set_ylim(values[0] - 0.05 * (top - values[0]), top)
@@ -730,8 +745,8 @@ def matrix_html(experiment):
     mixture = ", ".join(f"{name} {as_text(share, 2)}" for name, share in zip(names, result["nash_mixture"]) if share > 0.005)
     kind = "Mean win probability" if result["measure"] == "mean_win_prob" else "Win rate"
     caption = (f"{kind} of the row against the column in %, {result['num_prompts']} prompts in both orders. The worst of "
-               f"{names[-1]} is {as_text(last['win'], 1, 100)} % (95 %: {interval(last['interval'], 100)}) against "
-               f"{names[last['against']]}. A Nash mixture of these players: {mixture}.")
+               f"{names[-1]} is {as_text(last['win'], 1, 100)} % against {names[last['against']]} (95 % interval of the worst "
+               f"over all: {interval(last['interval'], 100)}). A Nash mixture of these players: {mixture}.")
     return figure_html(experiment["name"], "", draw_matrix(result), caption)
 
 
@@ -1070,7 +1085,10 @@ def write_report(experiments, output=None, num_prompts=40):
         raise StageError(f"an experiment is given twice: {', '.join(map(str, paths))}")
     if output is None and len(paths) > 1:
         raise StageError("a report on several experiments needs a folder of its own: --output DIR")
+    check_at_least(1, num_prompts=num_prompts)
     output = paths[0] / "report" if output is None else Path(output)
+    if output.is_file():
+        raise StageError(f"--output {output} is a file; give a folder")
     files = Files(output / "cache.json")
     found = [read_experiment(path, files) for path in paths]
     name_apart(found)

@@ -190,8 +190,9 @@ def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"names": "a"}, "names different"), ({"names": "a,a"}, "names different"), ({"measure": "wins"}, "--measure should be"),
-    ({"output": "m"}, "--output end in .json")])
+    ({"names": "a"}, "--names should be 2 different"), ({"names": "a,a"}, "--names should be 2 different"),
+    ({"measure": "wins"}, "--measure should be"),
+    ({"output": "m"}, "--output should end in .json")])
 def test_matrix_refuses(some_model, jsonl, flags, message):
     files = ",".join(str(jsonl(name, response("p", "p"))) for name in ("x.jsonl", "y.jsonl"))
     with pytest.raises(StageError, match=message):

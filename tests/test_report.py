@@ -4,7 +4,9 @@
 """
 
 import json
+import math
 import os
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -220,8 +222,9 @@ def test_damaged_files_are_tolerated(experiment, name, content):
     (experiment / name).write_bytes(content)
     (found,) = write_data_only([experiment])
     assert len(found["iterations"]) == 2
-    if "samples" in name:
-        assert "iter0/train.samples.jsonl" in found["unread"][0]
+    cut_json = name.endswith(".json") and content in (b"", b'{"prompt_id": "a", "sam')
+    if "samples" in name or cut_json:
+        assert name in found["unread"][0]
 
 
 def test_iteration_without_evaluation_is_passed_over(experiment):
@@ -229,6 +232,15 @@ def test_iteration_without_evaluation_is_passed_over(experiment):
         path.unlink()
     (found,) = write_data_only([experiment])
     assert found["state"]["last_evaluated"] == 0
+
+
+def test_no_line_goes_across_a_missing_iteration(experiment):
+    shutil.move(experiment / "iter1", experiment / "iter3")
+    (found,) = write_data_only([experiment])
+    line = next(line for plots in report.SECTIONS.values() for plot in plots for line in plot.lines if line.field == "win_rate_start")
+    xs, ys, _ = report.series(line, found, 1)
+    assert xs == [0, 2.5, 3]
+    assert ys[0] == 0.6 and math.isnan(ys[1]) and ys[2] == 0.7
 
 
 def test_experiment_that_has_just_begun(tmp_path):
