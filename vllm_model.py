@@ -133,9 +133,9 @@ class Engine:
         if config.gpus_per_worker == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in a quarter of the time
         if not on_gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
             # A prompt is read in one piece: vLLM's CPU backend cannot rewind a seeded generator after part of one.
-            scheduling = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+            for_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len),
+                       "kv_cache_memory_bytes": cpu_kv_cache_bytes(model_config, max_model_len)}
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about each other
         from vllm import LLM
         self.llm = LLM(
@@ -146,7 +146,7 @@ class Engine:
             gpu_memory_utilization=config.gpu_memory_utilization,
             tensor_parallel_size=config.gpus_per_worker,
             enforce_eager=not on_gpu,
-            **({} if on_gpu else scheduling),
+            **({} if on_gpu else for_cpu),
             enable_prefix_caching=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -160,6 +160,19 @@ class Engine:
             raise StageError(f"token {largest} of a prompt is outside the vocabulary of {self.model} ({self.vocab_size} "
                              "tokens); name the tokenizer that it was trained with (--tokenizer, --judge_tokenizer)")
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=False)
+
+
+def cpu_kv_cache_bytes(config, max_model_len):
+    """Room for 128 sequences of full length, but no more than 1 GiB unless two of them need it: vLLM fills all of it with
+    zeros at its start, which takes up to 3 s a GiB. VLLM_CPU_KVCACHE_SPACE (GiB) overrides it.
+
+    Args:
+        config: the text part of a transformers config.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sequence = max_model_len * config.num_hidden_layers * 2 * heads * head_dim * 4  # keys and values in float32
+    return min(128 * sequence, max(2 * sequence, 2**30))
 
 
 class Sampler:
