@@ -4,6 +4,7 @@
     python eval.py compare --judge JUDGE --responses eval/responses.jsonl --baseline start/responses.jsonl \\
         --output eval/vs_start.jsonl
     python eval.py matrix --judge JUDGE --responses start.jsonl,a.jsonl,b.jsonl --output matrix.json
+    python eval.py intransitivity --input scores.jsonl
     python eval.py report exps/A [exps/B]
     python eval.py export --format alpaca_eval|hf|hub --input FILE --output FILE
     python eval.py harness --model CKPT --tasks gsm8k --output harness.json
@@ -17,6 +18,7 @@ AlpacaEval's 805 instructions.
     order_gap, label_mass
 and beside it `<output>` with the ending .json, the summary: see `summarise`.
 `matrix` compares all with all, several checkpoints or systems, and writes the game between them: see `play`.
+`intransitivity` measures the cycles in a scores file (intransitivity.py).
 `report` writes a page to read in a browser (report.py), `export` files for other tools (export.py), `harness` runs academic
 benchmarks (harness.py).
 """
@@ -32,8 +34,8 @@ import numpy as np
 
 import nash
 from export import export_files
-from utils import (StageError, atomic_file, check_at_least, check_output_file, derive_seed, dump_json, file_lists, fingerprint,
-                   first_line, jsonl_writer, log, read_jsonl, read_prompts, run, split_list, text_id, write_text)
+from utils import (StageError, check_at_least, check_output_file, derive_seed, dump_json, file_lists, fingerprint,
+                   first_line, jsonl_writer, log, read_jsonl, read_prompts, read_scores, run, split_list, text_id, write_text)
 from vllm_model import Judge, JudgeConfig, Sampler, SamplerConfig, judge_figures
 from workers import map_files
 
@@ -218,9 +220,8 @@ def matrix(responses: str, output: str, names: str = "", measure: str = "mean_wi
         judge_responses([(paths[i], paths[j], path) for path, (i, j) in missing.items()], config, seed)
     result = {"names": labels, "responses": list(map(str, paths)), "judge": config.judge, "measure": measure,
               **play(*win_probs_by_prompt(cells, len(paths)), measure, seed)}
-    from report import draw_matrix
-    with atomic_file(target.with_suffix(".svg")) as file:
-        file.write(draw_matrix(result, whole_file=True).encode())
+    from plots import draw_matrix
+    write_text(target.with_suffix(".svg"), draw_matrix(result, whole_file=True))
     write_text(target, json.dumps(result, indent=2) + "\n")
     print_matrix(result)
 
@@ -307,6 +308,55 @@ def print_matrix(result):
           f"(95 % interval of the worst over all: {100 * low:.1f} to {100 * high:.1f})")
 
 
+# ---------------------------------------------------------------------------------------------- intransitivity
+
+def intransitivity(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
+    """Is the judge intransitive? Cycles among the responses that it compared, and what no reward model explains.
+
+    Written: num_prompts, num_left_out (fewer than three different responses), num_triples; each with its 95 % interval over
+    prompts cyclic_triples, the share of triples in which each response beats the next, cyclic_triples_with_margin,
+    cyclic_part, the share of the squared log-odds that no Bradley-Terry score explains, and order_gap, how much the judge
+    disagrees with itself when the two responses change places.
+
+    Args:
+        input: scores file(s) of scoring.py, comma-separated, with three samples a prompt or more
+        output: result, ending in .json, and its picture beside it (.svg); default: the first input's path, ending in
+            .intransitivity.json
+        margin: with it, each step of a cycle is won with a probability above 1/2 + margin
+        seed: of the bootstrap
+    """
+    from intransitivity import measure
+    paths = file_lists(input=input)[0]
+    target = Path(output) if output else Path(paths[0]).with_suffix(".intransitivity.json")
+    if target.suffix != ".json":
+        raise StageError(f"--output should end in .json, got {output}")
+    if not 0 <= margin < 0.5:
+        raise StageError(f"--margin should be at least 0 and less than 0.5, got {margin}")
+    records = itertools.chain.from_iterable(read_scores(path) for path in paths)
+    figures, strengths, odds = measure(records, margin, seed)
+    from plots import draw_intransitivity
+    write_text(target.with_suffix(".svg"), draw_intransitivity(figures, strengths, odds))
+    write_text(target, json.dumps({"input": list(map(str, paths))} | figures, indent=2) + "\n")
+    print_intransitivity(figures)
+    log.info("%s and its picture beside it (.svg): written", target)
+
+
+def print_intransitivity(figures):
+    margin = f"{100 * (0.5 + figures['margin']):g} %"
+    print(f"\n{figures['num_prompts']:,} prompts, {figures['num_triples']:,} triples of different responses "
+          f"({figures['num_left_out']:,} prompts have fewer than three)\n")
+    for name, label, note in (
+            ("cyclic_triples", "cyclic triples, %", "each beats the next; 25 % where a coin decides"),
+            ("cyclic_triples_with_margin", "  with a margin, %", f"each beats the next with more than {margin}"),
+            ("cyclic_part", "cyclic part of the log-odds, %", "what no Bradley-Terry score explains, of the squares"),
+            ("order_gap", "position disagreement, %", "between P(first beats second) in the two orders, the mean")):
+        low, high = figures[f"{name}_interval"]
+        print(f"{label:32}{100 * figures[name]:7.2f}   [{100 * low:.2f}, {100 * high:.2f}]   {note}")
+    found = figures["cyclic_triples_with_margin_interval"][0] > 0
+    print("\nThe judge " + (f"is intransitive: it has cycles in which each step is won with more than {margin}." if found else
+                            f"shows no cycle in which each step is won with more than {margin}, or too few to tell."))
+
+
 # ---------------------------------------------------------------------------------------------- report, other tools
 
 def report(experiments: list, output: str = "", num_prompts: int = 40):
@@ -364,4 +414,4 @@ def harness(model: str, tasks: str, output: str, tokenizer: str = "", backend: s
 
 
 if __name__ == "__main__":
-    run(generate, compare, matrix, report, export, harness, alpaca_eval)
+    run(generate, compare, matrix, intransitivity, report, export, harness, alpaca_eval)

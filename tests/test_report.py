@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import plots
 import report
 from report import comparison_rows, training_figures, write_report
 from utils import StageError
@@ -237,8 +238,7 @@ def test_iteration_without_evaluation_is_passed_over(experiment):
 def test_no_line_goes_across_a_missing_iteration(experiment):
     shutil.move(experiment / "iter1", experiment / "iter3")
     (found,) = write_data_only([experiment])
-    line = next(line for plots in report.SECTIONS.values() for plot in plots for line in plot.lines if line.field == "win_rate_start")
-    xs, ys, _ = report.series(line, found, 1)
+    xs, ys, _ = plots.series(plots.Line("", "win_rate_start"), found, 1)
     assert xs == [0, 2.5, 3]
     assert ys[0] == 0.6 and math.isnan(ys[1]) and ys[2] == 0.7
 
@@ -338,7 +338,7 @@ def test_two_experiments_are_laid_over_each_other(experiment, tmp_path):
     source = index.read_text()
     figure = source[source.index("<figure><h3>Win rate against the start"):].partition("</figure>")[0]
     assert "first" in figure and "second" in figure
-    assert all(figure.count(f"stroke: {colour}") >= 2 for colour in report.COLOURS[:2])
+    assert all(figure.count(f"stroke: {colour}") >= 2 for colour in plots.COLOURS[:2])
     settings = source[source.index("<h2>Settings"):]
     assert '<tr class="differs"><th class="first">METHOD' in settings
     assert '<tr><th class="first">MODEL' in settings

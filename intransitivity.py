@@ -1,0 +1,94 @@
+"""How intransitive is a judge? Cycles among the responses that it has compared, and what no reward model explains.
+
+Three responses form a cycle where each beats the next with a probability above one half. A Bradley-Terry judge,
+`P(i beats j) = sigmoid(s_i - s_j)`, has none. Its log-odds are differences of scores; how far others are from that is
+measured by least squares: `logit P = (s_i - s_j) + rest`, where on complete comparisons the best scores are the row means
+of the log-odds, and the rest is orthogonal to all differences of scores, a sum of cycles (HodgeRank: Jiang, Lim, Yao, Ye
+2011). |rest|^2 / |logit P|^2 is the cyclic part: 0 for Bradley-Terry, 1 for rock-paper-scissors.
+"""
+
+import itertools
+
+import numpy as np
+
+from utils import StageError, derive_seed
+
+CLIP = 1e-6  # probabilities nearer to 0 or 1 are moved to here before their log-odds are taken
+
+
+def distinct(record):
+    """The win probabilities of a scores record's different texts, (K, K) with 1/2 on the diagonal."""
+    texts = [sample["text"] for sample in record["samples"]]
+    first = [texts.index(text) for text in dict.fromkeys(texts)]
+    return np.array([[0.5 if i == j else record["win_probs"][i][j] for j in first] for i in first])
+
+
+def cycle_strengths(probs):
+    """For every three of K responses the probability with which the weakest step of their cycle is won, in the direction
+    in which that is larger: above 1/2 they are a cycle.
+
+    Args:
+        probs: (K, K), [i][j] = P(i beats j)
+
+    Returns:
+        (K (K - 1) (K - 2) / 6,)
+    """
+    return np.array([max(min(probs[i, j], probs[j, k], probs[k, i]), min(probs[j, i], probs[k, j], probs[i, k]))
+                     for i, j, k in itertools.combinations(range(len(probs)), 3)])
+
+
+def log_odds(probs):
+    """(log-odds of every two of K responses, those of the Bradley-Terry model nearest to them), each (K (K - 1) / 2,)."""
+    clipped = np.clip(probs, CLIP, 1 - CLIP)
+    odds = np.log(clipped / (1 - clipped))  # skew-symmetric
+    scores = odds.mean(axis=1)
+    pairs = np.triu_indices(len(probs), 1)
+    return odds[pairs], (scores[:, None] - scores)[pairs]
+
+
+def measure(records, margin, seed=0, num_bootstrap=1_000):
+    """The figures of a judge from the records of a scores file.
+
+    Shares are of all triples, and of the sum of squared log-odds, over all prompts together; prompts with fewer than three
+    different responses do not count. Intervals are 95 % percentile bootstrap intervals over prompts.
+
+    Args:
+        records: scores records
+        margin: with it, each step of a cycle is won with more than 1/2 + margin
+
+    Returns:
+        The figures of `eval.py intransitivity`, and what its picture shows: the cycle strength of every triple, and a pair
+        of log-odds (the judge's, Bradley-Terry's) for every two responses.
+    """
+    rows, strengths, odds = [], [], []
+    num_prompts = 0
+    for num_prompts, record in enumerate(records, 1):
+        probs = distinct(record)
+        if len(probs) < 3:
+            continue
+        if type(record.get("order_gap")) not in (int, float):
+            raise StageError(f"prompt_id {record['prompt_id']}: order_gap should be a number, got {record.get('order_gap')}; "
+                             "scoring.py writes it")
+        own, (judged, fitted) = cycle_strengths(probs), log_odds(probs)
+        rows.append([len(own), (own > 0.5).sum(), (own > 0.5 + margin).sum(), (judged ** 2).sum(),
+                     ((judged - fitted) ** 2).sum(), 1, record["order_gap"]])
+        strengths.append(own)
+        odds.append(np.stack([judged, fitted], axis=1))
+    if not rows:
+        raise StageError("no prompt has three different responses that were compared; sample more (sampling.py --num_samples)")
+    rows = np.array(rows, dtype=float)  # a prompt: triples, cyclic, with margin; squared log-odds, their rest; 1, order gap
+    if not rows[:, 3].any():
+        raise StageError("the judge gives 1/2 to all; it has no preference that could be cyclic")
+    parts, wholes = [1, 2, 4, 6], [0, 0, 3, 5]
+    generator = np.random.default_rng(derive_seed("intransitivity", seed))
+    share = np.full(len(rows), 1 / len(rows))
+    drawn = np.array([generator.multinomial(len(rows), share) @ rows for _ in range(num_bootstrap)])
+    with np.errstate(invalid="ignore"):  # a draw of prompts without any preference
+        low, high = np.nanpercentile(drawn[:, parts] / drawn[:, wholes], [2.5, 97.5], axis=0).tolist()
+    values = rows.sum(axis=0)[parts] / rows.sum(axis=0)[wholes]
+    figures = {"num_prompts": len(rows), "num_left_out": num_prompts - len(rows), "num_triples": int(rows[:, 0].sum()),
+               "margin": margin}
+    for name, value, *bounds in zip(("cyclic_triples", "cyclic_triples_with_margin", "cyclic_part", "order_gap"),
+                                    values.tolist(), low, high):
+        figures |= {name: value, f"{name}_interval": bounds}
+    return figures, np.concatenate(strengths), np.concatenate(odds)
