@@ -325,13 +325,14 @@ def draw_intransitivity(figures, strengths, odds):
                 bar.set_color(COLOURS[1])
         left.axvline(0.5 + figures["margin"], color="#5c6166", linewidth=1, linestyle=(0, (4, 2)))
         left.set(xlabel="probability of the weakest step of the cycle", ylabel="triples of responses", xlim=(0, 1),
-                 title=f"{100 * figures['cyclic_triples']:.1f} % of triples are cycles (right of 1/2), "
+                 title=f"{100 * figures['cyclic_triples']:.1f} % are cycles (red), "
                        f"{100 * figures['cyclic_triples_with_margin']:.1f} % beyond the margin")
         limits = np.array([odds.min(), odds.max()])
-        found = right.hexbin(odds[:, 1], odds[:, 0], gridsize=40, mincnt=1, norm=LogNorm(), cmap="Blues")
+        found = right.hexbin(odds[:, 1], odds[:, 0], gridsize=40, mincnt=1, norm=LogNorm(), cmap="Blues",
+                             edgecolors="#8fb3c4", linewidths=0.3)
         right.plot([0, limits[1]], [0, limits[1]], color=COLOURS[1], linewidth=1)
         right.set(xlabel="log-odds of the nearest Bradley-Terry model", ylabel="the judge's log-odds",
-                  title=f"{100 * figures['cyclic_part']:.1f} % of the squared log-odds lie off the line's model")
+                  title=f"{100 * figures['cyclic_part']:.1f} % of the squares are not explained")
         figure.colorbar(found, ax=right, label="pairs of responses")
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)

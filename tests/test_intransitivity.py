@@ -116,7 +116,7 @@ def test_command(jsonl, tmp_path, capsys):
     found = json.loads((path.parent / "a.scores.intransitivity.json").read_text())
     assert found["cyclic_triples_interval"] == [1, 1] and found["input"] == [str(path)]
     assert "is intransitive" in capsys.readouterr().out
-    assert "100.0 % of triples are cycles" in (path.parent / "a.scores.intransitivity.svg").read_text()
+    assert "100.0 % are cycles" in (path.parent / "a.scores.intransitivity.svg").read_text()
     path = jsonl("b.jsonl", record(bradley_terry(0, 1, 2)))
     intransitivity(str(path), str(tmp_path / "out.json"))
     assert "shows no cycle" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the demo's two tiny models with mle.py: the start policy and, at the same time, the judge.
 #   bash data/demo/build.sh exps/demo-models        (from the project's root; PYTHON names the interpreter)
+# BRADLEY_TERRY=true makes a judge without the cycle, to compare with.
 # The tests shorten the three runs with POLICY_EPOCHS, JUDGE_SHORT_EPOCHS and JUDGE_EPOCHS.
 set -Eeuo pipefail
 dir=$1
@@ -8,7 +9,8 @@ python=${PYTHON:-python3}
 
 [[ -e $dir/policy/DONE && -e $dir/judge/DONE ]] && exit 0
 mkdir -p "$dir"
-"$python" data/demo/game.py write --output_dir "$dir" --prompts_per_iteration "${PROMPTS_PER_ITERATION:-1024}"
+"$python" data/demo/game.py write --output_dir "$dir" --prompts_per_iteration "${PROMPTS_PER_ITERATION:-1024}" \
+  --bradley_terry "${BRADLEY_TERRY:-false}"
 
 fit() { # NAME START CHATS BATCH EPOCHS RATE [flags]: one run of mle.py, on one core; a finished one is kept
   local name=$1 start=$2 chats=$3 batch=$4 epochs=$5 rate=$6

@@ -41,3 +41,7 @@ for run in "${runs[@]}"; do
   play "$run" &
 done
 while [[ -n $(jobs -rp) ]]; do wait -n || failed=yes; done
+[[ -z $failed ]] || die "a run failed; see the end of $(IFS=' '; for run in "${runs[@]}"; do [[ -d $folder/$run/matrix ]] || echo -n "$folder/$run.log "; done)
+once the cause is mended, the same command goes on here"
+"$PYTHON" data/demo/game.py compare "${runs[@]/#/$folder/}" --output "$folder/compare.svg"
+echo "$folder/compare.svg, and the figures in compare.json, after $((SECONDS / 60)) min"

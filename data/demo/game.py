@@ -2,6 +2,7 @@
 
     python data/demo/game.py write --output_dir exps/demo-models     # prompts, training texts, untrained models
     python data/demo/game.py table --experiment exps/demo            # the result, from a finished or running loop
+    python data/demo/game.py compare exps/compare/comal-0 exps/compare/iter-ipo-0 --output compare.svg
 
 Someone asks where to spend a holiday, in one of 160 phrasings, and there are three answers. The judge prefers the sea
 to the mountains and the city to the sea with probability 0.9, and the mountains to the city with 0.8: a cycle, which no
@@ -19,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nash import duality_gap  # noqa: E402
-from utils import jsonl_writer, run, write_text  # noqa: E402
+from utils import StageError, jsonl_writer, run, write_text  # noqa: E402
 from vllm_model import fill_template, read_template  # noqa: E402
 
 NAMES = ("mountains", "sea", "city")
@@ -29,6 +30,8 @@ ANSWERS = (
     "Go to the city, see the museums and stay up late.",
 )
 PREFERENCE = ((0.5, 0.1, 0.8), (0.9, 0.5, 0.1), (0.2, 0.9, 0.5))  # [i][j] = P(answer i beats answer j)
+# Another judge, to set beside it: Bradley-Terry with scores 0, log 3 and log 9.
+BRADLEY_TERRY = ((0.5, 1 / 4, 1 / 10), (3 / 4, 0.5, 1 / 4), (9 / 10, 3 / 4, 0.5))
 START = (0.8, 0.1, 0.1)
 
 OPENINGS = ("Hello!", "Good morning.", "A quick question:", "Please help me.", "Tell me,", "I wonder:", "So,", "Honestly,",
@@ -94,17 +97,17 @@ def chat(prompt, answer, weight):
             "weight": weight}
 
 
-def judging_examples(template, prompts):
+def judging_examples(template, prompts, preference):
     """Both labels for every ordered pair of answers, weighted by their probabilities, one phrasing after another."""
     for prompt in prompts:
         for (i, first), (j, second) in itertools.permutations(enumerate(ANSWERS), 2):
             text = fill_template(template, prompt, first, second)
-            yield chat(text, "Output (a)", PREFERENCE[i][j])
-            yield chat(text, "Output (b)", 1 - PREFERENCE[i][j])
+            yield chat(text, "Output (a)", preference[i][j])
+            yield chat(text, "Output (b)", 1 - preference[i][j])
 
 
 def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per_iteration: int = 1024,
-          num_splits: int = 6):
+          num_splits: int = 6, bradley_terry: bool = False):
     """Write the demo's prompts, the texts its two models learn from, and the models' configs and tokenizers.
 
     Args:
@@ -112,7 +115,9 @@ def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per
         template: the judge's template
         prompts_per_iteration: prompts a train split; phrasings repeat under different ids
         num_splits: train splits
+        bradley_terry: let the judge's preferences follow scores instead of the cycle
     """
+    preference = BRADLEY_TERRY if bradley_terry else PREFERENCE
     output_dir, full = Path(output_dir), read_template(template)
     short = full[full.index("# Instruction"):]  # the headings alone: quicker to learn the game from
     learn, held_out = phrasings()
@@ -127,7 +132,8 @@ def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per
             for prompt_id, prompt in prompts:
                 write_record({"prompt_id": prompt_id, "prompt": prompt})
     examples = {"policy": (chat(p, a, w) for p in learn for a, w in zip(ANSWERS, START)),
-                "judge_short": judging_examples(short, learn), "judge_full": judging_examples(full, learn)}
+                "judge_short": judging_examples(short, learn, preference),
+                "judge_full": judging_examples(full, learn, preference)}
     for name, records in examples.items():
         with jsonl_writer(output_dir / "sft" / f"{name}.jsonl") as write_record:
             for record in records:
@@ -205,5 +211,95 @@ def table(experiment: str, start: str = "exps/demo-models/policy"):
           "gap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at Nash.")
 
 
+# ---------------------------------------------------------------------------------------------- methods compared
+
+METHOD_NAMES = {"comal": "COMAL", "inpo-small": "INPO, fixed reference", "iter-ipo": "Iter-IPO", "iter-dpo": "Iter-DPO"}
+LAST_ITERATIONS = 6  # single iterations are noisy; their mean over the last ones is not
+
+
+def read_run(experiment):
+    """{method, seed, gaps, others, policies} of a run that comal.sh has finished: one value a policy, the start's first."""
+    try:
+        settings = json.loads((experiment / "run.json").read_text())
+        rows = json.loads((experiment / "game.json").read_text())
+    except (OSError, ValueError) as error:
+        raise StageError(f"{experiment}: no finished run of the demo ({error})") from None
+    expected = ["start", *range(int(settings["ROUNDS"]) * int(settings["SPLITS"]))]
+    if [row["iteration"] for row in rows] != expected:
+        raise StageError(f"{experiment}: game.json lacks iterations; let comal.sh finish first")
+    return {"method": settings["METHOD"], "seed": int(settings["SEED"]), "gaps": [row["duality_gap"] for row in rows],
+            "others": [row["other"] for row in rows], "policies": [row["distribution"] for row in rows]}
+
+
+def compare(experiments: list, output: str):
+    """Print the mean duality gap of the last iterations, method by method and seed by seed, and draw the way there.
+
+    Args:
+        experiments: folders of finished runs, all of the same length
+        output: picture, .svg; the figures go beside it (.json)
+    """
+    target = Path(output)
+    if target.suffix != ".svg":
+        raise StageError(f"--output should end in .svg, got {output}")
+    runs = [read_run(Path(experiment)) for experiment in experiments]
+    if len({len(run["gaps"]) for run in runs}) != 1:
+        raise StageError("the runs have different numbers of iterations")
+    methods = [method for method in METHOD_NAMES if any(run["method"] == method for run in runs)]
+    seeds = sorted({run["seed"] for run in runs})
+    late = {(run["method"], run["seed"]): sum(run["gaps"][-LAST_ITERATIONS:]) / LAST_ITERATIONS for run in runs}
+    last = len(runs[0]["gaps"]) - 1
+    print(f"\nMean duality gap of iterations {last - LAST_ITERATIONS + 1} to {last} (the start policy's: "
+          f"{runs[0]['gaps'][0]:.3f}), and the largest mass on other responses in them\n")
+    print(f"{'':24}" + "".join(f"{f'seed {seed}':>10}" for seed in seeds) + f"{'other':>10}")
+    for method in methods:
+        other = max(max(run["others"][-LAST_ITERATIONS:]) for run in runs if run["method"] == method)
+        print(f"{METHOD_NAMES[method]:24}"
+              + "".join(f"{late[method, seed]:10.3f}" if (method, seed) in late else f"{'-':>10}" for seed in seeds)
+              + f"{other:10.3f}")
+    figures = [{"method": run["method"], "seed": run["seed"], "mean_late_gap": late[run["method"], run["seed"]],
+                "largest_late_other": max(run["others"][-LAST_ITERATIONS:]), "duality_gaps": run["gaps"]} for run in runs]
+    write_text(target.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
+    write_text(target, draw(runs, methods))
+
+
+def draw(runs, methods):
+    """The SVG file: the gap by iteration, mean over seeds with their range as a band; beside it one simplex a method."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    from plots import COLOURS, plot_style, svg_file
+    corners = np.array([[0, 0], [1, 0], [0.5, 3 ** 0.5 / 2]])  # all mountains, all sea, all city
+    nash = np.array([4, 3, 4]) / 11 @ corners
+    with plot_style("compare"):
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        wide, narrow = figure.subfigures(1, 2, width_ratios=[1.15, 1])
+        axes = wide.add_subplot()
+        places = list(narrow.subplots(2, 2).flat)
+        for place in places:
+            place.set_axis_off()
+        for method, colour, simplex in zip(methods, COLOURS, places):
+            own = [run for run in runs if run["method"] == method]
+            gaps = np.array([run["gaps"] for run in own])  # (seeds, policies)
+            axes.plot(gaps.mean(axis=0), color=colour, label=METHOD_NAMES[method], linewidth=1.8)
+            axes.fill_between(range(gaps.shape[1]), gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+            simplex.fill(*corners.T, facecolor="#f7f6f2", edgecolor="#b9b6ae")
+            for number, run in enumerate(own):
+                path = np.array(run["policies"]) @ corners
+                simplex.plot(*path.T, color=colour, linewidth=1.3 if number == 0 else 0.7, alpha=1 if number == 0 else 0.45,
+                             marker="o", markersize=2.6 if number == 0 else 1.4)
+            simplex.plot(*path[0], "s", color="black", markersize=4)
+            simplex.plot(*nash, "*", color="black", markersize=9, zorder=5)
+            simplex.set_title(METHOD_NAMES[method], fontsize=9.5, color=colour)
+            simplex.set_aspect("equal")
+            simplex.set(xlim=(-0.17, 1.12), ylim=(-0.14, 0.98))
+            for name, (x, y), shift in zip(NAMES, corners, (-0.1, -0.1, 0.05)):
+                simplex.text(x, y + shift, name, ha="center", fontsize=8, color="#5c6166")
+        axes.axhline(0, color="#b9b6ae", linewidth=0.8)
+        axes.set(xlabel="iteration", ylabel="duality gap", xlim=(0, None), ylim=(-0.02, None), xticks=range(0, len(runs[0]["gaps"]), 3))
+        axes.grid(axis="y", color="#e8e6e1", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper right")
+        return svg_file(figure)
+
+
 if __name__ == "__main__":
-    run(write, table)
+    run(write, table, compare)
