@@ -55,7 +55,7 @@ LEARNING_RATE=${LEARNING_RATE:-5e-7}
 WARMUP_RATIO=${WARMUP_RATIO:-0.1}
 NUM_EPOCHS=${NUM_EPOCHS:-3}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-32}              # pairs an update, whatever the number of GPUs
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}                 # pairs a forward pass on one GPU
+MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0}             # tokens of a forward pass on one GPU; 0: one pair at a time
 MAX_LENGTH=${MAX_LENGTH:-2048}                          # tokens; longer pairs are dropped and counted
 MAX_GRAD_NORM=${MAX_GRAD_NORM:-0}                       # 0: no clipping
 GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false}
@@ -108,10 +108,10 @@ check_values() {  # everything that can be known to be wrong before hours of wor
   one_of KL_FROM_START true false
   one_of ON_ERROR fail skip
   one_of KEEP_CKPTS all rounds last
-  whole 1 ROUNDS SPLITS MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS NUM_EPOCHS GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE \
+  whole 1 ROUNDS SPLITS MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS NUM_EPOCHS GLOBAL_BATCH_SIZE \
     MAX_LENGTH EVAL_EVERY GPUS_PER_WORKER
   whole 2 NUM_SAMPLES
-  whole 0 SEED STALL_TIMEOUT SAVE_STEPS ${UPDATE_INTERVAL:+UPDATE_INTERVAL}
+  whole 0 SEED MICRO_BATCH_TOKENS STALL_TIMEOUT SAVE_STEPS ${UPDATE_INTERVAL:+UPDATE_INTERVAL}
   number TAU_ETA_RATIO BETA TEMPERATURE TOP_P LEARNING_RATE WARMUP_RATIO MAX_GRAD_NORM EVAL_TEMPERATURE
   [[ -z $ETA || ,$ETA =~ ^(,$number)+$ ]] || die "ETA=$ETA should be a number, or one a round, comma-separated"
   positive LEARNING_RATE BETA TOP_P
@@ -243,7 +243,7 @@ logprobs() {
     --input "$iter/train.pairs.jsonl,$iter/test.pairs.jsonl" \
     --output "$iter/data/train.jsonl,$iter/data/test.jsonl" \
     --max_length "$MAX_LENGTH" \
-    --batch_size "$MICRO_BATCH_SIZE"
+    --micro_batch_tokens "$MICRO_BATCH_TOKENS"
 }
 
 train() {
@@ -265,7 +265,7 @@ train() {
     --warmup_ratio "$WARMUP_RATIO" \
     --num_epochs "$NUM_EPOCHS" \
     --global_batch_size "$GLOBAL_BATCH_SIZE" \
-    --micro_batch_size "$MICRO_BATCH_SIZE" \
+    --micro_batch_tokens "$MICRO_BATCH_TOKENS" \
     --max_length "$MAX_LENGTH" \
     --max_grad_norm "$MAX_GRAD_NORM" \
     --gradient_checkpointing "$GRADIENT_CHECKPOINTING" \
@@ -286,7 +286,7 @@ start_logprobs() {  # the start policy's log-probabilities of the test pairs, wh
     --input "$iter/test.pairs.jsonl" \
     --output "$iter/eval/start_logps.jsonl" \
     --max_length "$MAX_LENGTH" \
-    --batch_size "$MICRO_BATCH_SIZE"
+    --micro_batch_tokens "$MICRO_BATCH_TOKENS"
 }
 
 generate() {  # STAGE MODEL OUTPUT SEED: one answer to each evaluation prompt

@@ -1,4 +1,4 @@
-"""Chat encoding, tokenizers and models by name, datasets over JSONL files, padding and collators."""
+"""Chat encoding, tokenizers and models by name, datasets over JSONL files and their batches."""
 
 import functools
 import itertools
@@ -120,19 +120,21 @@ class JsonlDataset(Dataset):
     Attributes:
         ids: list of str, the examples' `prompt_id`.
         weights: list of float, each example's share in the mean loss before normalisation.
+        lengths: list of int, the tokens of each example, its prompt counted once.
     """
 
     def __init__(self, path, fields):
-        self.path, self.offsets, self.ids, self.weights = path, [], [], []
+        self.path, self.offsets, self.ids, self.weights, self.lengths = path, [], [], [], []
         for offset, record in scan_jsonl(path, fields):
-            prompt_id, weight = self.check(record)
+            prompt_id, weight, length = self.check(record)
             self.offsets.append(offset)
             self.ids.append(prompt_id)
             self.weights.append(weight)
+            self.lengths.append(length)
 
     def check(self, record):
-        """Validate one record; return its id and its weight."""
-        return record.get("prompt_id"), 1.0
+        """Validate one record; return its id, weight and length."""
+        return record.get("prompt_id"), 1.0, 0
 
     @property
     def where(self):
@@ -148,7 +150,8 @@ class JsonlDataset(Dataset):
             return json.loads(file.readline().decode("utf-8-sig"))
 
 
-PAIR_FIELDS = {"prompt_id": str, "prompt_token_ids": list, "chosen_token_ids": list, "rejected_token_ids": list}
+TOKEN_FIELDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+PAIR_FIELDS = {"prompt_id": str} | dict.fromkeys(TOKEN_FIELDS, list)
 LOGP_FIELDS = {name: (float, int) for name in
                ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")}
 
@@ -173,8 +176,7 @@ class PairDataset(JsonlDataset):
     fields = PAIR_FIELDS | {"win_prob": (float, int)} | LOGP_FIELDS
 
     def __init__(self, path, tokenizer, max_length, vocab_size):
-        self.tokenizer, self.pad_id = tokenizer, pad_token_id(tokenizer)
-        self.max_length, self.vocab_size = max_length, vocab_size
+        self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
         super().__init__(path, self.fields)
 
     def check(self, record):
@@ -190,18 +192,12 @@ class PairDataset(JsonlDataset):
             # Rounding may lift a certain token above 0.
             if name in record and not (type(record[name]) in (int, float) and -1e30 < record[name] <= 1e-3):
                 raise StageError(f"{where}: {name} should be a log-probability, 0 or less, got {repr(record[name])[:100]}")
-        return record["prompt_id"], 1.0
+        return record["prompt_id"], 1.0, sum(len(record[name]) for name in TOKEN_FIELDS)
 
     def collate(self, records):
-        """A batch of pairs: the chosen sequences, then the rejected ones.
-
-        A pair with prompt [5, 6], chosen [7, 8, 9], rejected [7] and pad id 0 becomes
-            input_ids      [[5, 6, 7, 8, 9],     response_mask [[0, 0, 1, 1, 1],
-                            [5, 6, 7, 0, 0]]                    [0, 0, 1, 0, 0]]
-        and the numbers become (B,) tensors: `last_chosen_logps` ... `ref_rejected_logps`, `win_prob`.
-        """
-        sequences = [(r["prompt_token_ids"], r[f"{side}_token_ids"]) for side in ("chosen", "rejected") for r in records]
-        batch = collate_sequences(sequences, self.pad_id)
+        """A batch of pairs: `rows` of (prompt, [chosen, rejected]) token ids, see logps.py; `prompt_ids`; and as (B,) tensors
+        `last_chosen_logps` ... `ref_rejected_logps`, `win_prob`."""
+        batch = {"rows": [(r["prompt_token_ids"], [r["chosen_token_ids"], r["rejected_token_ids"]]) for r in records]}
         batch["win_prob"] = torch.tensor([r.get("win_prob", 1.0) for r in records], dtype=torch.float32)
         for name in LOGP_FIELDS:
             if all(name in record for record in records):
@@ -234,7 +230,7 @@ class UnscoredPairDataset(PairDataset):
         return self.complete(super().__getitem__(index))
 
     def complete(self, record):
-        ids = [name for name in PAIR_FIELDS if name.endswith("token_ids") and name in record]
+        ids = [name for name in TOKEN_FIELDS if name in record]
         has_ids = len(ids) == 3 and "prompt_id" in record
         if ids and not has_ids:
             raise StageError(f"{self.where} has {', '.join(ids)} but not all of {', '.join(PAIR_FIELDS)}; "
@@ -268,7 +264,7 @@ class ChatDataset(JsonlDataset):
     """
 
     def __init__(self, path, tokenizer, max_length, vocab_size):
-        self.tokenizer, self.pad_id, self.end_id = tokenizer, pad_token_id(tokenizer), end_token_id(tokenizer)
+        self.tokenizer, self.end_id = tokenizer, end_token_id(tokenizer)
         self.max_length, self.vocab_size = max_length, vocab_size
         super().__init__(path, {"messages": list})
 
@@ -278,7 +274,8 @@ class ChatDataset(JsonlDataset):
         weight = record.get("weight", 1.0)
         if not (type(weight) in (int, float) and 0 <= weight < 1e30):
             raise StageError(f"{self.where}: weight should be a number >= 0, got {repr(weight)[:100]}")
-        return tokens["prompt_id"], weight * len(tokens["response_token_ids"])
+        length = len(tokens["prompt_token_ids"]) + len(tokens["response_token_ids"])
+        return tokens["prompt_id"], weight * len(tokens["response_token_ids"]), length
 
     def encode(self, record):
         """{"prompt_id", "prompt_token_ids", "response_token_ids"} of one chat; the end token is part of the answer."""
@@ -292,9 +289,10 @@ class ChatDataset(JsonlDataset):
                 "response_token_ids": encode_text(self.tokenizer, answer["content"]) + [self.end_id]}
 
     def collate(self, records):
-        """A batch of chats: `input_ids`, `response_mask` (B, T), `num_tokens` of the answers (B,), `prompt_ids`."""
+        """A batch of chats: `rows` of (prompt, [answer]) token ids, see logps.py; `num_tokens` of the answers (B,);
+        `prompt_ids`."""
         encoded = [self.encode(record) for record in records]
-        batch = collate_sequences([(e["prompt_token_ids"], e["response_token_ids"]) for e in encoded], self.pad_id)
+        batch = {"rows": [(e["prompt_token_ids"], [e["response_token_ids"]]) for e in encoded]}
         batch["num_tokens"] = torch.tensor([float(len(e["response_token_ids"])) for e in encoded])
         batch["prompt_ids"] = [e["prompt_id"] for e in encoded]
         return batch
@@ -316,27 +314,3 @@ def check_tokens(path, record, field, vocab_size, max_length):
     if outside:
         raise StageError(f"{where}: token {outside[0]} is outside the model's vocabulary of {vocab_size}; "
                          "was the file made with another model's tokenizer?")
-
-
-def pad_token_id(tokenizer):
-    """Any valid id: padded positions are masked out everywhere."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-
-
-def pad(sequences, value):
-    """Right-pad lists of numbers to one (B, T) tensor: [[1, 2], [3]] and 0 give [[1, 2], [3, 0]]."""
-    length = max(map(len, sequences))
-    return torch.tensor([list(sequence) + [value] * (length - len(sequence)) for sequence in sequences])
-
-
-def collate_sequences(sequences, pad_id):
-    """(prompt ids, response ids) pairs -> `input_ids` and `response_mask`, each (B, T), and `num_positions`, the
-    number of tokens that are not padding.
-
-    There is no attention mask: padding is on the right, where a causal model's response positions never look.
-    """
-    return {
-        "input_ids": pad([prompt + response for prompt, response in sequences], pad_id),
-        "response_mask": pad([[0] * len(prompt) + [1] * len(response) for prompt, response in sequences], 0).bool(),
-        "num_positions": sum(len(prompt) + len(response) for prompt, response in sequences),
-    }

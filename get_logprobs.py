@@ -25,15 +25,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from data_utils import UnscoredPairDataset, check_vocabulary, load_tokenizer
-from train_utils import batch_logps, load_model, local_batches, on_device, start_accelerator, vocabulary_size
+from logps import response_logps
+from train_utils import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
 from utils import (StageError, check_at_least, check_weights, file_lists, fingerprint, jsonl_writer, log,
                    model_fingerprint, resolve_model, run)
 from workers import Journal
 
-GATHER_EVERY = 64  # micro-batches between two exchanges among processes
+GATHER_EVERY = 64  # forward passes between two exchanges among processes
 
 
-def model_logps(name, datasets, journals, batch_size, accelerator):
+def model_logps(name, datasets, journals, tokens, accelerator):
     """[[(chosen, rejected) summed log-probabilities of each pair] of each data set] under one model.
 
     Batches are the same wherever an earlier run was stopped; those that `journals` (the main process's, one a data set)
@@ -48,11 +49,11 @@ def model_logps(name, datasets, journals, batch_size, accelerator):
         model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
         model.eval()
         for number, dataset in enumerate(datasets):
-            batches = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
-            left = [i for batch in batches if not all(finished[number][j] for j in batch) for i in batch]
-            bar = tqdm(total=len(dataset), initial=len(dataset) - len(left), unit="pair",
+            batches = micro_batches(range(len(dataset)), dataset.lengths, tokens)
+            left = [batch for batch in batches if not all(finished[number][i] for i in batch)]
+            bar = tqdm(total=len(dataset), initial=len(dataset) - sum(map(len, left)), unit="pair",
                        desc=f"log-probabilities {name}", disable=not accelerator.is_main_process)
-            for found in compute(model, dataset, list(local_batches(left, batch_size, accelerator)), accelerator):
+            for found in compute(model, dataset, list(local_batches(left, accelerator)), accelerator):
                 if accelerator.is_main_process:
                     journals[number].append([{"prompt_id": dataset.ids[index], "logps": logps}
                                              for index, *logps in found])
@@ -71,12 +72,12 @@ def compute(model, dataset, batches, accelerator):
     for first in range(0, len(batches), GATHER_EVERY):
         found = []
         for indices, counts in batches[first:first + GATHER_EVERY]:
-            batch = on_device(dataset.collate([dataset[i] for i in indices]), accelerator.device)
+            rows = dataset.collate([dataset[i] for i in indices])["rows"]
             with torch.no_grad():
-                chosen, rejected = batch_logps(model, batch).chunk(2)
+                chosen, rejected = response_logps(model, rows, accelerator.device).chunk(2)
             found += list(zip(indices, chosen.tolist(), rejected.tolist())) if counts else []
         found = gather_object(found)
-        bad = [dataset.ids[index] for index, *values in found if not all(map(math.isfinite, values))]
+        bad = [dataset.ids[index] for index, *values in sorted(found) if not all(map(math.isfinite, values))]
         if bad:
             raise StageError(f"{dataset.path}: no finite log-probability for prompt_id {', '.join(bad[:10])}")
         yield found
@@ -93,7 +94,7 @@ def write(dataset, path, last, ref):
     log.info("%s: %d pairs", path, len(dataset))
 
 
-def main(model: str, reference: str, input: str, output: str, tokenizer: str = "", batch_size: int = 1,
+def main(model: str, reference: str, input: str, output: str, tokenizer: str = "", micro_batch_tokens: int = 0,
          max_length: int = 2048):
     """Add the log-probabilities under the last policy and the reference to pairs.
 
@@ -103,10 +104,12 @@ def main(model: str, reference: str, input: str, output: str, tokenizer: str = "
         input: pairs file(s), comma-separated
         output: data file(s), as many
         tokenizer: directory or Hub id; default: the model's
-        batch_size: pairs a forward pass on one process; 1 makes the values independent of their neighbours
+        micro_batch_tokens: positions of a forward pass on one process, padding included; at 0 each pair goes alone, as
+            longer ones always do: no padding, and values that do not depend on neighbours
         max_length: prompt and response tokens together, at most
     """
-    check_at_least(1, batch_size=batch_size, max_length=max_length)
+    check_at_least(0, micro_batch_tokens=micro_batch_tokens)
+    check_at_least(1, max_length=max_length)
     inputs, outputs = file_lists(input=input, output=output)
     loaded = load_tokenizer(model, tokenizer)
     accelerator = start_accelerator(seed=0)
@@ -121,7 +124,7 @@ def main(model: str, reference: str, input: str, output: str, tokenizer: str = "
         made_with = {"model": model_fingerprint(name), "tokenizer": tokenizer, "precision": accelerator.mixed_precision}
         journals.append([Journal(f"{target}.{label}", made_with | {"contents of --input": fingerprint(source)})
                          for source, target in zip(inputs, outputs)] if accelerator.is_main_process else [])
-    logps = [model_logps(name, datasets, own, batch_size, accelerator) for name, own in zip(names, journals)]
+    logps = [model_logps(name, datasets, own, micro_batch_tokens, accelerator) for name, own in zip(names, journals)]
     if accelerator.is_main_process:
         for dataset, path, last, ref in zip(datasets, outputs, logps[0], logps[-1]):
             write(dataset, path, last, ref)

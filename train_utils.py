@@ -1,6 +1,7 @@
 """Models under accelerate, and the one training loop: `train(compute_loss, config, dataset_class)`.
 
-What a stored log-probability and a trained one have in common is here: `start_accelerator`, `load_model`, `batch_logps`.
+What a stored log-probability and a trained one have in common is here: `start_accelerator`, `load_model`, and
+`logps.response_logps`.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data_utils import load_tokenizer
-from losses import sequence_logps
+from logps import install_head, response_logps
 from utils import (StageError, check_at_least, check_input, check_made_with, check_weights, die_with_parent, dump_json,
                    fingerprint, first_line, log, model_fingerprint, resolve_model, split_list, sync, write_text)
 
@@ -40,7 +41,8 @@ class TrainingConfig:
         warmup_ratio: share of the steps in which the learning rate rises
         num_epochs: passes over the data
         global_batch_size: examples an update, whatever the number of processes
-        micro_batch_size: examples a forward pass on one process; the rest is accumulated
+        micro_batch_tokens: positions of a forward pass on one process, padding included; the rest is accumulated. At 0
+            each example goes alone, as longer ones always do: no padding, and values that do not depend on neighbours
         max_length: prompt and response tokens; longer data is an error
         weight_decay: AdamW's
         max_grad_norm: clip the gradient's norm to this; 0 does not clip
@@ -68,7 +70,7 @@ class TrainingConfig:
     warmup_ratio: float = 0.1
     num_epochs: int = 3
     global_batch_size: int = 32
-    micro_batch_size: int = 1
+    micro_batch_tokens: int = 0
     max_length: int = 2048
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
@@ -82,10 +84,10 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("learning_rate", "num_epochs", "global_batch_size", "micro_batch_size", "max_length", "eval_steps"):
+        for name in ("learning_rate", "num_epochs", "global_batch_size", "max_length", "eval_steps"):
             if not getattr(self, name) > 0:
                 raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
-        check_at_least(0, save_steps=self.save_steps, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
+        check_at_least(0, micro_batch_tokens=self.micro_batch_tokens, save_steps=self.save_steps, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
                        start_tolerance=self.start_tolerance)
         if not 0 <= self.seed < 2**32:  # NumPy's
             raise StageError(f"--seed should be between 0 and {2**32 - 1}, got {self.seed}")
@@ -150,7 +152,7 @@ def load_model(name, from_config=False, gradient_checkpointing=False):
         raise StageError(f"model {directory} does not load: {first_line(error)}") from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return install_head(model)
 
 
 def vocabulary_size(name):
@@ -163,30 +165,28 @@ def vocabulary_size(name):
         raise StageError(f"model {directory} does not load: {first_line(error)}") from None
 
 
-def batch_logps(model, batch):
-    """Summed response log-probabilities of a batch, (B,) float32: the one forward path of training and of stored values.
-
-    Positions before the first response token of the batch never meet the vocabulary.
-    """
-    ids, mask = batch["input_ids"], batch["response_mask"]  # (B, T)
-    start = int(mask.int().argmax(dim=1).min()) - 1  # predicts the first response token
-    if start < 0:
-        raise StageError("a response begins at position 0, where nothing predicts it")
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - start).logits  # (B, T - start, V)
-    return sequence_logps(logits, ids[:, start:], mask[:, start:])
-
-
 def on_device(batch, device):
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def local_batches(indices, size, accelerator):
-    """Split examples into micro-batches and deal them to the processes, the same number to each.
+def micro_batches(indices, lengths, tokens):
+    """Examples in groups for one forward pass each, the longest first, so that there is little padding and neighbours take
+    the same time: as many as fit into `tokens` positions, padding included, but at least one."""
+    groups = []
+    for index in sorted(indices, key=lambda index: -lengths[index]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def local_batches(batches, accelerator):
+    """Deal micro-batches to the processes, the same number to each.
 
     Yields (list of indices, whether they count): a process without one left repeats the first without counting
     it, because all processes must take part in every collective operation.
     """
-    batches = [indices[i:i + size] for i in range(0, len(indices), size)]
     for i in range(0, len(batches), accelerator.num_processes):
         mine = i + accelerator.process_index
         yield (batches[mine], True) if mine < len(batches) else (batches[0], False)
@@ -217,7 +217,7 @@ def publish(temporary, target):
 
 # Settings with which an unfinished run may go on although they differ. The contents of the four paths are compared
 # instead, except the tokenizer's.
-MAY_CHANGE = {"output", "micro_batch_size", "gradient_checkpointing", "save_steps", "start_tolerance",
+MAY_CHANGE = {"output", "micro_batch_tokens", "gradient_checkpointing", "save_steps", "start_tolerance",
               "report_to", "model", "tokenizer", "input", "validation"}
 
 
@@ -308,9 +308,9 @@ class Trainer:
                     "accelerate": accelerate.__version__, "commit": commit or "unknown"}
         log.info("settings: %s", ", ".join(f"{name} {value}" for name, value in self.settings.items()))
         log.info("versions: %s", ", ".join(f"{name} {value}" for name, value in versions.items()))
-        accumulation = math.ceil(config.global_batch_size / config.micro_batch_size / accelerator.num_processes)
-        log.info("global batch %d = %d processes x %d examples x %d accumulated; %d examples, %d updates; %s, %s",
-                 config.global_batch_size, accelerator.num_processes, config.micro_batch_size, accumulation,
+        log.info("global batch %d, dealt to %d processes, %s a forward pass; %d examples, %d updates; %s, %s",
+                 config.global_batch_size, accelerator.num_processes,
+                 f"{config.micro_batch_tokens} tokens" if config.micro_batch_tokens else "one example",
                  len(self.data), self.total_steps, accelerator.distributed_type.value.replace("NO", "one process"),
                  accelerator.mixed_precision.replace("no", "float32"))
         if accelerator.is_main_process:
@@ -454,18 +454,20 @@ class Trainer:
             raise StageError(f"{dataset.path}: all examples of a batch have weight 0")
         weight_of = dict(zip(indices, weights))
         sums = {}
-        for mine, counts in local_batches(indices, self.config.micro_batch_size, self.accelerator):
+        batches = micro_batches(indices, dataset.lengths, self.config.micro_batch_tokens)
+        for mine, counts in local_batches(batches, self.accelerator):
             batch = on_device(dataset.collate([dataset[i] for i in mine]), self.accelerator.device)
             weight = torch.tensor([weight_of[i] * counts for i in mine], device=self.accelerator.device)
             with torch.set_grad_enabled(backward):
-                logps = batch_logps(self.model, batch)
+                logps = response_logps(self.model, batch["rows"], self.accelerator.device)
                 losses = self.compute_loss(logps, batch)  # (N,)
                 loss = (losses * weight).sum() / normaliser
             if backward:
                 # Gradients are averaged over processes; the loss is a sum over them.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             with torch.no_grad():
-                self.add_metrics(sums, logps, losses, weight, batch, counts)
+                tokens = sum(dataset.lengths[i] for i in mine)
+                self.add_metrics(sums, logps, losses, weight, batch, tokens, counts)
         metrics = {}
         if "start_difference" in sums:
             metrics["start_difference"] = self.accelerator.gather(sums.pop("start_difference").reshape(1)).max().item()
@@ -479,10 +481,10 @@ class Trainer:
         count = totals.pop("count")
         return metrics | {name: total / count for name, total in totals.items()}
 
-    def add_metrics(self, sums, logps, losses, weight, batch, counts):
+    def add_metrics(self, sums, logps, losses, weight, batch, tokens, counts):
         """Add one micro-batch's sums of losses and metrics. Margin and KL estimates are in nats a response."""
         values = {"loss": (losses * weight).sum(), "count": torch.tensor(float(len(losses)) * counts),
-                  "tokens": torch.tensor(float(batch["num_positions"]) * counts)}
+                  "tokens": torch.tensor(float(tokens) * counts)}
         if "last_chosen_logps" in batch:
             last = torch.cat([batch["last_chosen_logps"], batch["last_rejected_logps"]])  # (2N,)
             ref = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])

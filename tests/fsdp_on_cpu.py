@@ -37,7 +37,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-import train_utils  # noqa: E402
+import logps  # noqa: E402
 
 seen = {}
 
@@ -69,12 +69,10 @@ class FSDPAccelerator(accelerate.Accelerator):
         return prepared
 
 
-def note_dtypes(sequence_logps):
-    def noted(logits, *args):
-        logps = sequence_logps(logits, *args)
-        seen.setdefault("logits_dtypes", set()).add(str(logits.dtype))
-        seen.setdefault("logps_dtypes", set()).add(str(logps.dtype))
-        return logps
+def note_dtype(sum_by_owner):
+    def noted(token_logps, *args):
+        seen.setdefault("logps_dtypes", set()).add(str(token_logps.dtype))
+        return sum_by_owner(token_logps, *args)
     return noted
 
 
@@ -97,7 +95,7 @@ def run(job):
 def main(jobs_path):
     accelerate.Accelerator = FSDPAccelerator
     PartialState.destroy_process_group = lambda self, group=None: None  # only after the last job
-    train_utils.sequence_logps = note_dtypes(train_utils.sequence_logps)
+    logps.sum_by_owner = note_dtype(logps.sum_by_owner)
     for job in json.loads(Path(jobs_path).read_text()):
         os.environ |= {name: str(value).lower() if isinstance(value, bool) else value for name, value in job["env"].items()}
         reset()

@@ -360,7 +360,7 @@ ROWS = [
         PAIR | {"win_prob": 1.5}),
     row("get_logprobs", "old-logp", f"{IN}, prompt_id a: last_chosen_logp should be a log-probability, 0 or less, got "
         "'x'", PAIR | {"last_chosen_logp": "x"}),
-    row("get_logprobs", "batch-size", "--batch_size should be at least 1, got 0", batch_size=0),
+    row("get_logprobs", "micro-batch", "--micro_batch_tokens should be at least 0, got -1", micro_batch_tokens=-1),
 
     # ---- training data
     row("inpo", "pairs", f"{IN}, line 1: field 'last_chosen_logp' is missing (get_logprobs.py writes it); found "
@@ -663,7 +663,7 @@ def test_settings_of_nothing_do_not_matter(stage):  # a wrong flag that was refu
 
 
 def test_log_probabilities_of_some_pairs_do_not_matter(stage):  # KeyError
-    done = stage.run("get_logprobs", PAIR | {"last_chosen_logp": -1.0}, but(PAIR), batch_size=2)
+    done = stage.run("get_logprobs", PAIR | {"last_chosen_logp": -1.0}, but(PAIR), micro_batch_tokens=999)
     assert done.code == 0, done.stderr
     first, second = read(stage.folder / "out.jsonl")
     assert first["last_chosen_logp"] == second["last_chosen_logp"] != -1

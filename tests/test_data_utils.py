@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from data_utils import (ChatDataset, JsonlDataset, PairDataset, UnscoredPairDataset, collate_sequences, encode_chat,
-                        encode_prompt, encode_text, end_token_id, load_tokenizer, pad)
+from data_utils import (ChatDataset, JsonlDataset, PairDataset, UnscoredPairDataset, encode_chat,
+                        encode_prompt, encode_text, end_token_id, load_tokenizer)
 from utils import StageError, resolve_model
 
 # What a template adds around one user message, and how often: (spelling, count).
@@ -147,18 +147,6 @@ def test_end_token_id_is_eos_for_a_template_without_special_tokens(model_dirs):
 # ---- Padding ----
 
 
-def test_pad_on_the_right():
-    assert pad([[1, 2], [3], []], 0).tolist() == [[1, 2], [3, 0], [0, 0]]
-
-
-def test_collate_sequences_marks_responses():
-    batch = collate_sequences([([5, 6], [7]), ([8], [9, 10, 11])], pad_id=3)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 3], [8, 9, 10, 11]]
-    assert batch["response_mask"].dtype == torch.bool
-    assert batch["response_mask"].tolist() == [[False, False, True, False], [False, True, True, True]]
-    assert batch["num_positions"] == 7
-
-
 # ---- JsonlDataset ----
 
 
@@ -194,11 +182,10 @@ def pairs(jsonl, tokenizers, *records, kind=PairDataset, max_length=16):
     return kind(jsonl("pairs.jsonl", *records), tokenizers["policy"], max_length, vocab_size=664)
 
 
-def test_pair_dataset_collates_the_docstrings_example(jsonl, tokenizers):
+def test_pair_dataset_collates_a_pair(jsonl, tokenizers):
     dataset = pairs(jsonl, tokenizers, pair())
     batch = dataset.collate([dataset[0]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]]
-    assert batch["response_mask"].int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]
+    assert batch["rows"] == [([5, 6], [[7, 8, 9], [7]])] and dataset.lengths == [6]
     numbers = {name: values.tolist() for name, values in batch.items() if name.endswith(("_logps", "win_prob"))}
     assert numbers == {"win_prob": [0.75], "last_chosen_logps": [-1.5], "last_rejected_logps": [-2.5],
                        "ref_chosen_logps": [-3.0], "ref_rejected_logps": [-4.25]}
@@ -206,11 +193,11 @@ def test_pair_dataset_collates_the_docstrings_example(jsonl, tokenizers):
     assert batch["prompt_ids"] == ["a"]
 
 
-def test_pair_dataset_collates_all_chosen_before_all_rejected(jsonl, tokenizers):
+def test_pair_dataset_collates_a_row_each(jsonl, tokenizers):
     other = pair("b", prompt_token_ids=[1], chosen_token_ids=[2], rejected_token_ids=[3, 4])
     dataset = pairs(jsonl, tokenizers, pair(), other)
     batch = dataset.collate([dataset[0], dataset[1]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 0, 0, 0], [5, 6, 7, 0, 0], [1, 3, 4, 0, 0]]
+    assert batch["rows"] == [([5, 6], [[7, 8, 9], [7]]), ([1], [[2], [3, 4]])]
     assert batch["prompt_ids"] == ["a", "b"]
     assert dataset.weights == [1.0, 1.0]
 
@@ -334,14 +321,11 @@ def test_chat_dataset_learns_the_answer_and_its_end_token_alone(jsonl, tokenizer
     batch = dataset.collate([dataset[0], dataset[1]])
     end = end_token_id(tokenizer)
     for row, (prompt, answer) in enumerate([("Hello", "The sea.<|im_end|><|eot_id|>"), ("Hello there", "No")]):
-        ids, mask = batch["input_ids"][row], batch["response_mask"][row]
-        learnt = ids[mask].tolist()
+        ids, (learnt,) = batch["rows"][row]
         assert tokenizer.decode(learnt[:-1]) == answer and learnt[-1] == end and end not in learnt[:-1]
-        first = mask.int().argmax()
-        assert ids[:first].tolist() == encode_prompt(tokenizer, prompt)
-        assert mask[first:first + len(learnt)].all() and mask.sum() == len(learnt)
+        assert ids == encode_prompt(tokenizer, prompt)
         assert batch["num_tokens"][row] == len(learnt)
-    assert batch["input_ids"].shape == batch["response_mask"].shape
+        assert dataset.lengths[row] == len(ids) + len(learnt)
 
 
 def test_chat_dataset_weighs_by_weight_and_response_tokens(jsonl, tokenizers):

@@ -179,15 +179,14 @@ def check_pair(record):
     assert is_number(record.get("win_prob", 1), 0, 1)
 
 
-def check_batch(batch, prompts, responses):
-    """Prompt, response, padding on the right, in every row."""
-    rows = list(zip(prompts, responses, strict=True))
-    assert batch["input_ids"].shape == batch["response_mask"].shape == (len(rows), max(len(p + r) for p, r in rows))
-    for (prompt, response), tokens, mask in zip(rows, batch["input_ids"].tolist(), batch["response_mask"].tolist()):
-        assert tokens[:len(prompt + response)] == prompt + response and len(prompt + response) <= MAX_LENGTH
-        assert [position for position, one in enumerate(mask) if one] == [
-            *range(len(prompt), len(prompt) + len(response))]
-    assert batch["input_ids"].min() >= 0 and batch["input_ids"].max() < VOCABULARY
+def check_rows(dataset, batch, prompts, *responses):
+    """Prompt and responses in every row, as long as allowed, inside the vocabulary."""
+    rows = [(prompt, list(own)) for prompt, *own in zip(prompts, *responses, strict=True)]
+    assert batch["rows"] == rows
+    assert dataset.lengths == [len(prompt) + sum(map(len, own)) for prompt, own in rows]
+    for prompt, own in rows:
+        assert all(len(prompt + response) <= MAX_LENGTH for response in own)
+        assert all(0 <= token < VOCABULARY for tokens in [prompt, *own] for token in tokens)
 
 
 def all_records(dataset):
@@ -233,8 +232,8 @@ def read_file(kind, path, tokenizer):
         dataset = (PairDataset if kind == "data" else UnscoredPairDataset)(path, tokenizer, MAX_LENGTH, VOCABULARY)
         records = all_records(dataset)
         batch = dataset.collate(records)
-        check_batch(batch, [record["prompt_token_ids"] for record in records] * 2,
-                    [record[f"{side}_token_ids"] for side in ("chosen", "rejected") for record in records])
+        check_rows(dataset, batch, *([record[f"{name}_token_ids"] for record in records]
+                                     for name in ("prompt", "chosen", "rejected")))
         assert dataset.ids == batch["prompt_ids"] == [record["prompt_id"] for record in records]
         assert ((batch["win_prob"] >= 0) & (batch["win_prob"] <= 1)).all()
         for record in records:
@@ -253,7 +252,7 @@ def read_file(kind, path, tokenizer):
         assert all(is_chat(record["messages"], "assistant") and len(record["messages"]) > 1 for record in records)
         batch = dataset.collate(records)
         encoded = [dataset.encode(record) for record in records]
-        check_batch(batch, *([one[name] for one in encoded] for name in ("prompt_token_ids", "response_token_ids")))
+        check_rows(dataset, batch, *([one[name] for one in encoded] for name in ("prompt_token_ids", "response_token_ids")))
         assert batch["num_tokens"].tolist() == [len(one["response_token_ids"]) for one in encoded]
         assert all(is_number(weight, 0, math.inf) for weight in dataset.weights)
         assert all(type(record.get("weight", 1)) is not bool for record in records)

@@ -20,7 +20,7 @@ fit() { # NAME START CHATS BATCH EPOCHS RATE [flags]: one run of mle.py, on one 
     --input "$dir/sft/$chats.jsonl" \
     --output "$dir/$name" \
     --global_batch_size "$batch" \
-    --micro_batch_size "$batch" \
+    --micro_batch_tokens 16384 \
     --num_epochs "$epochs" \
     --learning_rate "$rate" \
     --warmup_ratio 0.05 \

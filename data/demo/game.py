@@ -145,13 +145,14 @@ def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per
 def answer_probabilities(checkpoint, prompts):
     """Exact probability of each of the three answers, end token included: one list of three a prompt."""
     import torch
-    from data_utils import collate_sequences, encode_prompt, encode_text, end_token_id, load_tokenizer
-    from train_utils import batch_logps, load_model
+    from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer
+    from logps import response_logps
+    from train_utils import load_model
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).eval()
     answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
-    sequences = [(encode_prompt(tokenizer, prompt), answer) for prompt in prompts for answer in answers]
+    rows = [(encode_prompt(tokenizer, prompt), answers) for prompt in prompts]
     with torch.no_grad():
-        return batch_logps(model, collate_sequences(sequences, 0)).exp().reshape(-1, len(ANSWERS)).tolist()
+        return response_logps(model, rows).exp().reshape(len(ANSWERS), -1).T.tolist()
 
 
 def describe(checkpoint):
@@ -277,13 +278,13 @@ def draw(runs, methods):
         for place in places:
             place.set_axis_off()
         for method, colour, simplex in zip(methods, COLOURS, places):
-            own = [run for run in runs if run["method"] == method]
-            gaps = np.array([run["gaps"] for run in own])  # (seeds, policies)
+            own = [each for each in runs if each["method"] == method]
+            gaps = np.array([each["gaps"] for each in own])  # (seeds, policies)
             axes.plot(gaps.mean(axis=0), color=colour, label=METHOD_NAMES[method], linewidth=1.8)
             axes.fill_between(range(gaps.shape[1]), gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.15, linewidth=0)
             simplex.fill(*corners.T, facecolor="#f7f6f2", edgecolor="#b9b6ae")
-            for number, run in enumerate(own):
-                path = np.array(run["policies"]) @ corners
+            for number, each in enumerate(own):
+                path = np.array(each["policies"]) @ corners
                 simplex.plot(*path.T, color=colour, linewidth=1.3 if number == 0 else 0.7, alpha=1 if number == 0 else 0.45,
                              marker="o", markersize=2.6 if number == 0 else 1.4)
             simplex.plot(*path[0], "s", color="black", markersize=4)
