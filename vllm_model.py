@@ -135,7 +135,8 @@ class Engine:
         if not on_gpu:
             # A prompt is read in one piece: vLLM's CPU backend cannot rewind a seeded generator after part of one.
             for_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len),
-                       "kv_cache_memory_bytes": cpu_kv_cache_bytes(model_config, max_model_len)}
+                       "kv_cache_memory_bytes": cpu_kv_cache_bytes(model_config, max_model_len),
+                       "block_size": 32}  # shared prefixes are found in whole blocks; vLLM's own choice is 128
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about each other
         from vllm import LLM
         self.llm = LLM(

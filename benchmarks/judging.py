@@ -1,0 +1,159 @@
+"""Judging K responses a prompt, all against all in both orders: vllm_model.Judge against the plain way, same engine.
+
+    python benchmarks/judging.py --prompts FILE [--judge exps/demo-models/judge] [--count 16] [--num_samples 5]
+    python benchmarks/judging.py --prompts FILE --hidden 512 --layers 8     a larger judge with random weights: time only
+
+The plain way asks the judge as one would by hand: every ordered pair is a request of its own for up to 16 tokens, without a
+prefix cache; the label is looked for in the answer, and its probability read there. The instructions are the file's, the
+"responses" other texts of the file: what is measured is the work, not the judge.
+
+Goals: uncached prompt tokens within 15 % of the floor (each distinct prefix once), one decoded token a judgement, twice the
+judgements a second on a CPU and three times on a GPU, probabilities within 1e-3 where both read the same position.
+"""
+
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+
+import fire
+
+from common import read_prompt_texts, record
+
+import vllm_model
+from utils import resolve_model
+from vllm_model import Judge, JudgeConfig
+
+LABELS = "Output (a)", "Output (b)"
+
+
+def make_records(prompts, count, num_samples, longest=600):
+    texts = [text[:longest] for text in read_prompt_texts(prompts)]
+    others = texts[count:]
+    return [{"prompt_id": str(i), "prompt": texts[i],
+             "samples": [{"text": others[i * num_samples + k], "token_ids": [0]} for k in range(num_samples)]}
+            for i in range(count)]
+
+
+def random_judge(source, hidden, layers, folder):
+    """A Llama of this size with random weights and the tokenizer of `source`, written to `folder`."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    source = resolve_model(source)
+    config = AutoConfig.from_pretrained(source)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = hidden, 3 * hidden, layers
+    config.num_attention_heads = config.num_key_value_heads = hidden // 64
+    config.head_dim = 64
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def run(queue, way, config, records):
+    """In a process of its own: (seconds, {(prompt, first, second): P(first)}, prompt tokens, uncached ones, decoded ones)."""
+    from vllm import SamplingParams
+    vllm_model.MIN_LABEL_MASS = 0  # of random weights
+    if way == "plain":
+        import vllm
+        make = vllm.LLM
+        vllm.LLM = lambda **settings: make(**settings | {"enable_prefix_caching": False})
+    judge = Judge(config)
+    counts, generate = [0, 0, 0], judge.engine.generate
+    prompts = []
+
+    def counting(prompts_now, params):
+        outputs = generate(prompts_now, params)
+        prompts.extend(prompts_now)
+        counts[0] += sum(map(len, prompts_now))
+        counts[1] += sum(len(output.prompt_token_ids) - (output.num_cached_tokens or 0) for output in outputs)
+        counts[2] += sum(len(output.outputs[0].token_ids) for output in outputs)
+        return outputs
+
+    judge.engine.generate = counting
+    by_hand = SamplingParams(max_tokens=16, temperature=0, logprobs=20, detokenize=False)
+    warm_up, *records = records
+    if way == "ours":
+        judge([(0, warm_up)])
+        forget(counts, prompts)
+        began = time.perf_counter()
+        results = judge([(0, one) for one in records])
+        taken = time.perf_counter() - began
+        found = {(one["prompt"], a["text"], b["text"]): one["win_probs"][i][j] for one in results
+                 for i, a in enumerate(one["samples"]) for j, b in enumerate(one["samples"]) if i != j}
+    else:
+        ask(judge, all_orders([warm_up]), by_hand)
+        forget(counts, prompts)
+        began = time.perf_counter()
+        found = ask(judge, all_orders(records), by_hand)
+        taken = time.perf_counter() - began
+        found = {key: (p + 1 - found[key[0], key[2], key[1]]) / 2 for key, p in found.items()
+                 if p is not None and found[key[0], key[2], key[1]] is not None}
+    queue.put((taken, found, *counts, distinct_prefixes(prompts)))
+
+
+def all_orders(records):
+    return [(one["prompt"], a["text"], b["text"]) for one in records for a in one["samples"] for b in one["samples"] if a is not b]
+
+
+def forget(counts, prompts):
+    counts[:] = 0, 0, 0
+    prompts.clear()
+
+
+def ask(judge, orders, params):
+    """{order: P(first label)} from answers of up to 16 tokens, None where no label begins the answer."""
+    found, before = {}, len(judge.label_prefix)
+    first, second = judge.label_ids
+    prompts = [judge.encode(*order)[:-before or None] for order in orders]
+    for order, output in zip(orders, judge.engine.generate(prompts, params)):
+        answer = output.outputs[0]
+        if list(answer.token_ids[:before]) != judge.label_prefix or len(answer.token_ids) <= before:
+            found[order] = None
+            continue
+        logprobs = answer.logprobs[before]
+        at = [logprobs[token].logprob if token in logprobs else -math.inf for token in (first, second)]
+        found[order] = 1 / (1 + math.exp(min(at[1] - at[0], 700))) if max(at) > -math.inf else None
+    return found
+
+
+def distinct_prefixes(prompts):
+    """Tokens that a perfect prefix cache would compute: the nodes of the prompts' trie."""
+    total, last = 0, []
+    for prompt in sorted(prompts):
+        same = next((i for i, (a, b) in enumerate(zip(prompt, last)) if a != b), min(len(prompt), len(last)))
+        total, last = total + len(prompt) - same, prompt
+    return total
+
+
+def main(prompts, judge="exps/demo-models/judge", hidden=0, layers=8, count=16, num_samples=5, gpus="auto"):
+    """Measure and append to RESULTS.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        measure(prompts, random_judge(judge, hidden, layers, folder) if hidden else judge, count, num_samples, gpus,
+                f", a random judge of {layers} layers of {hidden}" if hidden else "")
+
+
+def measure(prompts, judge, count, num_samples, gpus, which):
+    config = JudgeConfig(judge=judge, gpus=gpus)
+    os.environ.update(config.environments()[0])
+    records, context = make_records(prompts, count + 1, num_samples), multiprocessing.get_context("spawn")
+    found = {}
+    for way in ("plain", "ours"):
+        queue = context.Queue()
+        process = context.Process(target=run, args=(queue, way, config, records))
+        process.start()
+        found[way] = queue.get()
+        process.join()
+    judgements = count * num_samples * (num_samples - 1)
+    (plain, asked, *_), (ours, read, prompt_tokens, uncached, decoded, floor) = found["plain"], found["ours"]
+    difference = max((abs(asked[key] - read[key]) for key in asked), default=math.nan)
+    record(f"Judging, {judgements} judgements of {num_samples} responses to {count} prompts{which}", [
+        "| way | judgements/s | prompt tokens | uncached | decoded a judgement |", "|---|---|---|---|---|",
+        *(f"| {way} | {judgements / found[way][0]:.1f} | {found[way][2]:,} | {found[way][3]:,} | "
+          f"{found[way][4] / judgements:.1f} |" for way in ("plain", "ours")),
+        "", f"x{plain / ours:.2f}; floor of uncached tokens (each distinct prefix once) {floor:,}: {uncached / floor:.2f} times "
+        f"that; largest difference of a win probability {difference:.1e}, over {len(asked)} pairs whose answer was a label."],
+        packages=("torch", "vllm"))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
