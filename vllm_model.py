@@ -4,11 +4,13 @@
 cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
+import itertools
 import math
 import os
 import re
 import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from utils import (StageError, check_at_least, check_weights, derive_seed, model_fingerprint, resolve_model,
@@ -122,7 +124,7 @@ class Engine:
         from transformers import AutoConfig
         directory = resolve_model(model)
         model_config = AutoConfig.from_pretrained(directory).get_text_config()
-        self.model, self.vocab_size = model, model_config.vocab_size
+        self.model, self.vocab_size, self.counter = model, model_config.vocab_size, itertools.count()
         positions = getattr(model_config, "max_position_embeddings", None)
         if positions and max_model_len > positions:
             raise StageError(f"{model} has {positions} positions, but prompt and new tokens may take {max_model_len}; "
@@ -154,13 +156,63 @@ class Engine:
             seed=0,  # every request brings its own
         )
 
-    def generate(self, prompts, sampling_params):
-        """vLLM's request outputs for lists of token ids, in order. Raises StageError for one outside the vocabulary."""
+    def enqueue(self, prompts, params):
+        """Add requests for lists of token ids, with a SamplingParams each; returns their ids, str.
+
+        Raises StageError for a token outside the vocabulary.
+        """
+        from vllm.sampling_params import RequestOutputKind
+        if not prompts:
+            return []
         largest = max(map(max, prompts))
         if largest >= self.vocab_size:
             raise StageError(f"token {largest} of a prompt is outside the vocabulary of {self.model} ({self.vocab_size} "
                              "tokens); name the tokenizer that it was trained with (--tokenizer, --judge_tokenizer)")
-        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=False)
+        names = [str(next(self.counter)) for _ in prompts]
+        for name, ids, own in zip(names, prompts, params, strict=True):
+            own.output_kind = RequestOutputKind.FINAL_ONLY
+            self.llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, own)
+        return names
+
+    def step(self):
+        """Decode one token of everything that runs; returns vLLM's outputs of the requests that are finished."""
+        if not self.llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError("vLLM has lost a request")
+        return [output for output in self.llm.llm_engine.step() if output.finished]
+
+
+class EngineWork:
+    """Chunks of tasks through one engine, which goes on with the next chunk while the last requests of one are finished:
+    the work of a worker process (workers.map_chunks). Called with tasks, it returns their results.
+
+    Subclasses have an `engine` and `requests(tasks)`, which returns the prompts as token ids, SamplingParams for each, and a
+    function that turns their outputs, in order, into the results of all tasks.
+    """
+
+    def __init__(self):
+        self.chunks = {}  # number: (request ids, function of their outputs)
+        self.outputs = {}  # by request id
+
+    def begin(self, number, tasks):
+        prompts, params, results = self.requests(tasks)
+        self.chunks[number] = self.engine.enqueue(prompts, params), results
+
+    def step(self):
+        finished = [number for number, (ids, _) in self.chunks.items() if all(i in self.outputs for i in ids)]
+        if not finished:
+            self.outputs |= {output.request_id: output for output in self.engine.step()}
+            return []
+        done = []
+        for number in finished:
+            ids, results = self.chunks.pop(number)
+            done.append((number, results([self.outputs.pop(i) for i in ids])))
+        return done
+
+    def __call__(self, tasks):
+        self.begin(None, tasks)
+        while not (done := self.step()):
+            pass
+        return done[0][1]
 
 
 def cpu_kv_cache_bytes(config, max_model_len):
@@ -176,8 +228,8 @@ def cpu_kv_cache_bytes(config, max_model_len):
     return min(128 * sequence, max(2 * sequence, 2**30))
 
 
-class Sampler:
-    """Samples responses. Called with a list of (job number, prompt record), returns samples records.
+class Sampler(EngineWork):
+    """Samples responses: a task is (job number, prompt record), its result a samples record.
 
     The seed of sample k of a prompt depends on the run's seed, the prompt_id and k alone, so that neither the
     number of workers nor the chunking changes what is drawn (as far as the engine's arithmetic allows).
@@ -189,19 +241,22 @@ class Sampler:
 
     def __init__(self, config, num_samples, temperature):
         from data_utils import end_token_id, load_tokenizer
+        super().__init__()
         self.config, self.num_samples, self.temperature = config, num_samples, temperature
         self.tokenizer = load_tokenizer(config.model, config.tokenizer)
         self.end_ids = sorted({end_token_id(self.tokenizer), self.tokenizer.eos_token_id})
         self.engine = Engine(config.model, config.tokenizer, config.max_prompt_tokens + config.max_new_tokens, config)
 
-    def __call__(self, tasks):
+    def requests(self, tasks):
         from data_utils import encode_prompt
         prompts = [encode_prompt(self.tokenizer, record["prompt"]) for _, record in tasks]
         fits = [len(ids) <= self.config.max_prompt_tokens for ids in prompts]
-        outputs = iter(self.engine.generate(
-            [ids for ids, fit in zip(prompts, fits) if fit],
-            [self.params(*task) for task, fit in zip(tasks, fits) if fit]) if any(fits) else ())
-        results = []
+        return ([ids for ids, fit in zip(prompts, fits) if fit],
+                [self.params(*task) for task, fit in zip(tasks, fits) if fit],
+                partial(self.results, tasks, prompts, fits))
+
+    def results(self, tasks, prompts, fits, outputs):
+        outputs, results = iter(outputs), []
         for (_, record), ids, fit in zip(tasks, prompts, fits):
             if fit:
                 completions = sorted(next(outputs).outputs, key=lambda completion: completion.index)
@@ -226,9 +281,9 @@ class Sampler:
                 "finish_reason": completion.finish_reason}
 
 
-class Judge:
-    """A generative judge that answers with one of two labels. Called with a list of (job number, record with
-    `prompt` and `samples`), returns the records with `win_probs`, `order_gap` and `label_mass`.
+class Judge(EngineWork):
+    """A generative judge that answers with one of two labels: a task is (job number, record with `prompt` and `samples`), its
+    result the record with `win_probs`, `order_gap` and `label_mass`.
 
     P(first beats second) is read at the one position where the two labels' token ids part: everything before it
     (the chat prompt and the labels' common beginning, `Output (`) is given, and the log-probabilities of exactly
@@ -241,13 +296,15 @@ class Judge:
 
     def __init__(self, config):
         from data_utils import encode_text, load_tokenizer
+        super().__init__()
         self.template, self.max_prompt_tokens = read_template(config.template), config.max_prompt_tokens
         self.tokenizer = load_tokenizer(config.judge, config.judge_tokenizer)
         labels = (encode_text(self.tokenizer, label) for label in split_list(config.labels))
         self.label_prefix, self.label_ids = split_labels(*labels)
         self.engine = Engine(config.judge, config.judge_tokenizer, self.max_prompt_tokens + 1, config)
 
-    def __call__(self, tasks):
+    def requests(self, tasks):
+        from vllm import SamplingParams
         judgements, results = [], []  # token ids of every judgement of this chunk; per record, its comparisons
         for _, record in tasks:
             texts = list(dict.fromkeys(sample["text"] for sample in record["samples"]))
@@ -260,26 +317,26 @@ class Judge:
             else:
                 results.append((record, orders, slice(len(judgements), len(judgements) + len(prompts))))
                 judgements.extend(prompts)
-        answers = self.read_labels(judgements)
+        params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=list(self.label_ids), detokenize=False)
+        return judgements, [params] * len(judgements), partial(self.results, results)
+
+    def results(self, results, outputs):
+        answers = self.read_labels(outputs)
         return [result if isinstance(result, dict) else self.score(*result, answers) for result in results]
 
     def encode(self, prompt, first, second):
         from data_utils import encode_prompt
         return encode_prompt(self.tokenizer, fill_template(self.template, prompt, first, second)) + self.label_prefix
 
-    def read_labels(self, prompts):
-        """[(P(first label), probability of both labels together)] for prompts of token ids."""
-        from vllm import SamplingParams
-        if not prompts:
-            return []
+    def read_labels(self, outputs):
+        """[(P(first label), probability of both labels together)]."""
         first_id, second_id = self.label_ids
-        params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=[first_id, second_id], detokenize=False)
         answers = []
-        for output in self.engine.generate(prompts, params):
+        for output in outputs:
             logprobs = output.outputs[0].logprobs[0]
             first, second = logprobs[first_id].logprob, logprobs[second_id].logprob
             answers.append((1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second)))
-        mass = sum(mass for _, mass in answers) / len(answers)
+        mass = sum(mass for _, mass in answers) / max(1, len(answers))
         if len(answers) >= 20 and mass < MIN_LABEL_MASS:
             raise StageError(f"{self.engine.model} puts {mass:.2g} of its probability on the two labels, so it does not "
                              "answer with one of them; is it a judge, and are --template and --labels its own?")

@@ -1,6 +1,7 @@
 """Records through local worker processes, losing nothing: `map_files(jobs, make_work, pool, description)`.
 
-Each worker owns its GPUs (or none). Records are handed out in chunks; a worker that dies or stalls is replaced and its
+Each worker owns its GPUs (or none). Records are handed out in chunks, the next one before the last is finished, so that no
+worker waits; one that dies or stalls is replaced and its
 records are tried again, and one that always kills its worker is found by halving the chunk. What is finished is kept in
 `<output>.partial` until the output is complete, so a stage that is killed goes on where it stopped.
 """
@@ -113,8 +114,17 @@ def _worker_main(make_work, environment, connection):
         work = make_work()
         gc.enable()
         connection.send(("ready", None))
-        while (task := connection.recv()) is not None:
-            connection.send(("done", work(task)))
+        running = 0
+        while True:
+            if not running or connection.poll():
+                if (message := connection.recv()) is None:
+                    break
+                work.begin(*message)
+                running += 1
+            else:
+                for done in work.step():
+                    running -= 1
+                    connection.send(("done", done))
     except StageError as error:
         connection.send(("error", str(error)))
     except (EOFError, BrokenPipeError):
@@ -147,13 +157,20 @@ class _Worker:
         theirs.close()
         gpus = environment.get("CUDA_VISIBLE_DEVICES")
         self.name = f"worker {number} ({'GPU ' + gpus if gpus else 'CPU'}, pid {self.process.pid})"
-        self.ready, self.chunk, self.since = False, None, time.monotonic()
+        self.ready, self.chunks, self.since = False, {}, time.monotonic()
+        self.numbers = itertools.count()
+
+    def takes(self, chunk):
+        """Whether it should get this _Chunk now: one that a worker was lost over goes alone."""
+        return self.ready and (not self.chunks or len(self.chunks) < IN_FLIGHT and
+                               not any(other.losses for other in (chunk, *self.chunks.values())))
 
     def hand(self, chunk):
         """Give it a _Chunk to work on."""
-        self.chunk, self.since = chunk, time.monotonic()
+        number, self.since = next(self.numbers), time.monotonic()
+        self.chunks[number] = chunk
         with contextlib.suppress(BrokenPipeError):  # it has died; noticed when it is asked
-            self.connection.send(chunk.tasks)
+            self.connection.send((number, chunk.tasks))
 
     def ask(self, stall_timeout):
         """('ready' | 'done' | 'error' | 'lost' | None, value), without blocking; of a lost one the reason."""
@@ -165,7 +182,7 @@ class _Worker:
             self.process.join()
         if self.process.exitcode is not None:
             return "lost", f"died with exit code {self.process.exitcode}"
-        if stall_timeout and (self.chunk or not self.ready) and time.monotonic() - self.since > stall_timeout:
+        if stall_timeout and (self.chunks or not self.ready) and time.monotonic() - self.since > stall_timeout:
             return "lost", f"made no progress for {stall_timeout:g} s (--stall_timeout)"
         return None, None
 
@@ -190,27 +207,30 @@ class _Chunk:
 
 
 MAX_STARTS = 3  # of one worker, until it gets ready once
+IN_FLIGHT = 2  # chunks that a worker has at once: while the last of one are finished, the next keeps the engine full
 
 
 def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
-    """Yield `(tasks, work(tasks))` for every chunk, a list of tasks, as they are finished, in any order.
+    """Yield `(tasks, results)` for every chunk, a list of tasks, as they are finished, in any order.
 
-    One worker process per environment; `make_work()` is called once in each and returns the function `work`. Chunks are
-    handed out one at a time, so a fast worker takes more of them. A worker that dies, raises an exception or makes no
-    progress for `stall_timeout` seconds is named and replaced, and its chunk is tried a second time, then in halves,
-    each of them once, down to the one task that does it: `give_up(task, reason)` raises StageError or returns a result.
-    A StageError inside a worker, and a worker that never gets ready in MAX_STARTS starts, end everything.
+    One worker process per environment; `make_work()` is called once in each and returns an object with two methods:
+    `begin(number, tasks)` takes a chunk, `step()` works on all chunks for a moment and returns [(number, results)] of those
+    that are finished. A worker has IN_FLIGHT chunks at most, so a fast one takes more of them. A worker that dies, raises
+    an exception or finishes no chunk for `stall_timeout` seconds is named and replaced, and its chunks are tried a second
+    time, each alone, then in halves, each of them once, down to the one task that does it: `give_up(task, reason)` raises
+    StageError or returns a result. A StageError inside a worker, and a worker that never gets ready in MAX_STARTS starts,
+    end everything.
     """
     chunks, redo, starts = map(_Chunk, chunks), [], [1] * len(environments)
     chunk = next(chunks, None)
     workers = [_Worker(n, make_work, environment) for n, environment in enumerate(environments)] if chunk else []
     try:
-        while chunk or redo or any(worker.chunk for worker in workers):
-            for worker in workers:
-                if worker.ready and not worker.chunk and (chunk or redo):
-                    if redo:
+        while chunk or redo or any(worker.chunks for worker in workers):
+            for _ in range(IN_FLIGHT):  # all get their first one before any gets its second
+                for worker in workers:
+                    if redo and worker.takes(redo[0]):
                         worker.hand(redo.pop(0))
-                    else:
+                    elif chunk and worker.takes(chunk):
                         worker.hand(chunk)
                         chunk = next(chunks, None)
             multiprocessing.connection.wait([worker.connection for worker in workers] +
@@ -220,12 +240,13 @@ def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
                 if kind == "ready":
                     worker.ready, starts[number] = True, 0
                 elif kind == "done":
-                    done, worker.chunk = worker.chunk, None
-                    yield done.tasks, value
+                    done, results = value
+                    worker.since = time.monotonic()
+                    yield worker.chunks.pop(done).tasks, results
                 elif kind == "error":
                     raise StageError(f"{worker.name} failed:\n{value}")
                 elif kind == "lost":
-                    lost, reason = worker.chunk, f"{worker.name} {value}"
+                    reason = f"{worker.name} {value}"
                     worker.stop()
                     if starts[number] == MAX_STARTS:
                         raise StageError(f"{reason}\nas did the {MAX_STARTS - 1} before it, all while starting; out of "
@@ -233,14 +254,14 @@ def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
                     starts[number] += 1
                     log.warning("%s; another starts in its place", reason)
                     workers[number] = _Worker(number, make_work, environments[number])
-                    if lost:
+                    for lost in worker.chunks.values():
                         retried, culprit = _retry(lost)
                         redo += retried
                         if culprit:
                             yield culprit, [give_up(culprit[0], reason)]
     finally:
         for worker in workers:
-            worker.stop(wait=10 if worker.ready and not worker.chunk else 0)
+            worker.stop(wait=10 if worker.ready and not worker.chunks else 0)
 
 
 def _retry(lost):
@@ -341,8 +362,8 @@ def map_files(jobs, make_work, pool, description):
     Args:
         jobs: list of (function that returns an iterator of records, output path, {setting: value} that the output
             depends on), all done with one start of the workers.
-        make_work: `make_work()` returns work(list of (job number, record)) -> one record each; a record with a
-            `skipped` reason is left out of the output, counted, and listed in `<output>.skipped.jsonl`.
+        make_work: as `map_chunks` has it; a task is (job number, record), its result a record; one with a `skipped`
+            reason is left out of the output, counted, and listed in `<output>.skipped.jsonl`.
         pool: PoolConfig
         description: of the progress bar
     """
@@ -357,8 +378,9 @@ def map_files(jobs, make_work, pool, description):
         journals.append(Journal(path, made_with | {"contents of --input": digest}))
     tasks = ((number, record) for number, (records, _, _) in enumerate(jobs) for record in records()
              if record["prompt_id"] not in journals[number].offsets)
-    chunks = iter(lambda: list(itertools.islice(tasks, pool.chunk_size)), [])
-    finished = sum(len(journal.offsets) for journal in journals)
+    finished, total = sum(len(journal.offsets) for journal in journals), sum(len(job_ids) for job_ids, _ in ids)
+    environments = pool.environments()
+    chunks = _chunks(tasks, total - finished, pool.chunk_size, len(environments))
     if finished:
         log.info("going on after %d finished records", finished)
 
@@ -370,10 +392,9 @@ def map_files(jobs, make_work, pool, description):
         log.warning("prompt_id %s is left out: %s", prompt_id, reason)
         return {"prompt_id": prompt_id, "skipped": f"it ends every worker: {reason.splitlines()[-1]}"}
 
-    environments = pool.environments()
     gpus = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments]
     log.info("%d worker%s on %s", len(gpus), "s" * (len(gpus) > 1), f"GPUs {' '.join(gpus)}" if any(gpus) else "CPU")
-    with tqdm(total=sum(len(job_ids) for job_ids, _ in ids), initial=finished, desc=description, unit="record",
+    with tqdm(total=total, initial=finished, desc=description, unit="record",
               smoothing=0.1, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
         for done, results in map_chunks(make_work, chunks, environments, give_up, pool.stall_timeout):
             for number, journal in enumerate(journals):
@@ -383,6 +404,15 @@ def map_files(jobs, make_work, pool, description):
         _write_output(journal, job_ids)
     for journal in journals:  # only when all outputs are in place
         journal.remove()
+
+
+def _chunks(tasks, left, size, num_workers):
+    """Lists of `size` tasks, smaller ones towards the end, so that all workers end at about the same time."""
+    while left > 0:
+        share = -(-left // (IN_FLIGHT * num_workers))
+        chunk = list(itertools.islice(tasks, min(size, max(share, 8)) if num_workers > 1 else size))
+        left -= len(chunk)
+        yield chunk
 
 
 def _write_output(journal, ids):

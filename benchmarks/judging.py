@@ -58,18 +58,19 @@ def run(queue, way, config, records):
         make = vllm.LLM
         vllm.LLM = lambda **settings: make(**settings | {"enable_prefix_caching": False})
     judge = Judge(config)
-    counts, generate = [0, 0, 0], judge.engine.generate
+    counts, step = [0, 0, 0], judge.engine.step
     prompts = []
 
-    def counting(prompts_now, params):
-        outputs = generate(prompts_now, params)
-        prompts.extend(prompts_now)
-        counts[0] += sum(map(len, prompts_now))
-        counts[1] += sum(len(output.prompt_token_ids) - (output.num_cached_tokens or 0) for output in outputs)
-        counts[2] += sum(len(output.outputs[0].token_ids) for output in outputs)
+    def counting():
+        outputs = step()
+        for output in outputs:
+            prompts.append(output.prompt_token_ids)
+            counts[0] += len(output.prompt_token_ids)
+            counts[1] += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
+            counts[2] += len(output.outputs[0].token_ids)
         return outputs
 
-    judge.engine.generate = counting
+    judge.engine.step = counting
     by_hand = SamplingParams(max_tokens=16, temperature=0, logprobs=20, detokenize=False)
     warm_up, *records = records
     if way == "ours":
@@ -105,8 +106,11 @@ def ask(judge, orders, params):
     found, before = {}, len(judge.label_prefix)
     first, second = judge.label_ids
     prompts = [judge.encode(*order)[:-before or None] for order in orders]
-    for order, output in zip(orders, judge.engine.generate(prompts, params)):
-        answer = output.outputs[0]
+    names, outputs = judge.engine.enqueue(prompts, [params] * len(prompts)), {}
+    while len(outputs) < len(names):
+        outputs |= {output.request_id: output for output in judge.engine.step()}
+    for order, name in zip(orders, names):
+        answer = outputs[name].outputs[0]
         if list(answer.token_ids[:before]) != judge.label_prefix or len(answer.token_ids) <= before:
             found[order] = None
             continue

@@ -23,7 +23,20 @@ def private_cache(tmp_path_factory):
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
 
 
-class LengthJudge:
+class ChunkWork:
+    """Work of a worker process that does a chunk a step: subclasses are called with its tasks."""
+
+    waiting = ()
+
+    def begin(self, number, tasks):
+        self.waiting = *self.waiting, (number, tasks)
+
+    def step(self):
+        (number, tasks), *self.waiting = self.waiting
+        return [(number, self(tasks))]
+
+
+class LengthJudge(ChunkWork):
     """Stands in for the judge, also in worker processes: prefers the longer response with probability 3/4."""
 
     def __init__(self, config):

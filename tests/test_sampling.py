@@ -6,11 +6,12 @@
 import pytest
 
 import sampling
+from conftest import ChunkWork
 from sampling import per_file
 from utils import StageError, read_jsonl
 
 
-class EchoSampler:
+class EchoSampler(ChunkWork):
     """Answers with the settings it was given; skips the prompt `skip`."""
 
     def __init__(self, config, num_samples, temperature):

@@ -12,7 +12,7 @@ import pytest
 
 from data_utils import encode_prompt
 from utils import StageError
-from vllm_model import Judge, JudgeConfig, fill_template, read_template, split_labels, win_matrix
+from vllm_model import EngineWork, Judge, JudgeConfig, fill_template, read_template, split_labels, win_matrix
 
 # ---- Win probabilities ----
 
@@ -114,10 +114,18 @@ class FakeEngine:
     def __init__(self, logprobs):
         self.logprobs, self.prompts = logprobs, []
 
-    def generate(self, prompts, params):
+    def enqueue(self, prompts, params):
+        self.waiting = list(range(len(self.prompts), len(self.prompts) + len(prompts)))
         self.prompts += prompts
+        return list(self.waiting)
+
+    def step(self):
+        """One request a step, the last one first."""
+        return [self.output(self.waiting.pop())]
+
+    def output(self, number):
         values = {token: SimpleNamespace(logprob=value) for token, value in self.logprobs.items()}
-        return [SimpleNamespace(outputs=[SimpleNamespace(logprobs=[values])]) for _ in prompts]
+        return SimpleNamespace(request_id=number, outputs=[SimpleNamespace(logprobs=[values])])
 
 
 @pytest.fixture
@@ -125,6 +133,7 @@ def judge(tokenizers, monkeypatch):
     """A judge whose two deciding tokens are 7 and 8, after the label's beginning [5, 6]."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
     judge = object.__new__(Judge)  # __init__ would load a model
+    EngineWork.__init__(judge)
     judge.tokenizer, judge.template, judge.max_prompt_tokens = tokenizers["judge"], "{input}|{output_1}|{output_2}", 200
     judge.label_prefix, judge.label_ids = [5, 6], (7, 8)
     judge.engine = FakeEngine({7: math.log(0.6), 8: math.log(0.2)})
@@ -139,8 +148,7 @@ def record(prompt_id, *texts, prompt="Where?"):
     (math.log(0.6), math.log(0.2), (0.75, 0.8)),  # 0.6/(0.6 + 0.2), 0.6 + 0.2
     (0.0, -math.inf, (1.0, 1.0)), (-math.inf, 0.0, (0.0, 1.0)), (-1000.0, -1000.0, (0.5, 0.0))])
 def test_judge_read_labels_normalises_the_two_labels(judge, first, second, expected):
-    judge.engine = FakeEngine({7: first, 8: second})
-    assert judge.read_labels([[1]]) == [pytest.approx(expected)]
+    assert judge.read_labels([FakeEngine({7: first, 8: second}).output(0)]) == [pytest.approx(expected)]
 
 
 def test_judge_asks_once_for_each_ordered_pair_of_different_texts(judge):
@@ -164,7 +172,7 @@ def test_judge_returns_each_record_with_its_own_answers(judge):
 
 def test_judge_matches_answers_to_pairs_across_records(judge):
     # Each pair gets an answer of its own: 0.1, 0.2, ... in the order of asking.
-    judge.read_labels = lambda prompts: [((i + 1) / 10, 1.0) for i in range(len(prompts))]
+    judge.read_labels = lambda outputs: [((output.request_id + 1) / 10, 1.0) for output in outputs]
     first, second = judge([(0, record("a", "x", "y")), (0, record("b", "z", "w"))])
     assert first["win_probs"][0][1] == pytest.approx((0.1 + 1 - 0.2) / 2)
     assert second["win_probs"][0][1] == pytest.approx((0.3 + 1 - 0.4) / 2)
@@ -181,6 +189,18 @@ def test_judge_skips_a_record_that_is_too_long_and_no_other(judge):
     assert "win_probs" in judge([(0, record("a", "x", "y"))])[0]
     judge.max_prompt_tokens = length - 1
     assert "skipped" in judge([(0, record("a", "x", "y"))])[0]
+
+
+def test_chunks_share_the_engine_and_end_in_any_order(judge):
+    long, short = [(0, record("a", "u", "v", "w"))], [(0, record("b", "x", "y"))]
+    judge.begin(0, long)
+    early = judge.engine.waiting
+    judge.begin(1, short)
+    judge.engine.waiting = early + judge.engine.waiting
+    ended = [number for _ in range(10) for number, _ in judge.step()]
+    assert ended == [1, 0] and not judge.chunks and not judge.outputs
+    judge.begin(2, [(0, record("c", "x", "x"))])  # nothing to ask
+    assert [number for number, _ in judge.step()] == [2]
 
 
 def test_judge_takes_a_verdict_inside_a_response_as_text(judge):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from utils import StageError, read_jsonl
+from conftest import ChunkWork
 from workers import MAX_STARTS, Journal, PoolConfig, map_chunks, map_files, worker_environments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,9 +88,17 @@ def test_worker_environments_refuses_impossible_settings(nvidia_smi, gpus, setti
 # The functions of the worker processes: `work(folder, tasks)`, where the folder takes notes of what happened.
 
 
-def start(work, folder):
+class FunctionWork(ChunkWork):
+    def __init__(self, function, folder):
+        self.function, self.folder = function, folder
+
+    def __call__(self, tasks):
+        return self.function(self.folder, tasks)
+
+
+def start(function, folder):
     (folder / f"pid-{os.getpid()}").touch()
-    return partial(work, folder)
+    return FunctionWork(function, folder)
 
 
 def note(folder, text):
@@ -456,11 +465,12 @@ STAGE = '''
 import os, subprocess, sys, time
 from functools import partial
 from pathlib import Path
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from conftest import ChunkWork
 from utils import run
 from workers import PoolConfig, map_files
 
-class Slow:
+class Slow(ChunkWork):
     def __init__(self):
         Path("children").write_text(str(subprocess.Popen(["sleep", "600"]).pid))  # as an engine on several GPUs does
 
