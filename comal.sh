@@ -40,7 +40,7 @@ TAU_ETA_RATIO=${TAU_ETA_RATIO:-0.333333}
 UPDATE_INTERVAL=${UPDATE_INTERVAL:-}                    # iterations between moves of the reference; 0: never
 BETA=${BETA:-0.1}                                       # of DPO
 PAIR_RULE=${PAIR_RULE:-top_two}                         # top_two (released recipe), best_worst, random (unbiased)
-SOFT_LABELS=${SOFT_LABELS:-false}                       # regress on (2p - 1)/(2 ETA), p the judge's probability
+SOFT_LABELS=${SOFT_LABELS:-false}                       # learn the judge's probability of each pair, not its verdict
 
 # Sampling
 NUM_SAMPLES=${NUM_SAMPLES:-5}                           # K
@@ -251,7 +251,7 @@ train() {
   case $trainer in
     inpo) method=(--eta "$(eta)" --tau_eta_ratio "$TAU_ETA_RATIO" --soft_labels "$SOFT_LABELS") ;;
     ipo) method=(--eta "$(eta)" --soft_labels "$SOFT_LABELS") ;;
-    dpo) method=(--beta "$BETA") ;;
+    dpo) method=(--beta "$BETA" --soft_labels "$SOFT_LABELS") ;;
   esac
   stage training "$iter/ckpt/DONE" -- \
     "${launch[@]}" "$trainer.py" \

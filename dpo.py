@@ -14,20 +14,22 @@ from train_utils import TrainingConfig, train
 from utils import StageError, run
 
 
-def main(beta: float = 0.1, **training: TrainingConfig):
+def main(beta: float = 0.1, soft_labels: bool = False, **training: TrainingConfig):
     """Train one DPO step.
 
     Args:
         beta: regularisation coefficient
+        soft_labels: take the judge's win_prob for the label's probability instead of certainty
     """
     if not beta > 0:
         raise StageError(f"--beta should be greater than 0, got {beta}")
 
     def compute_loss(logps, batch):
         chosen, rejected = logps.chunk(2)
-        return dpo_loss(chosen, rejected, batch["ref_chosen_logps"], batch["ref_rejected_logps"], beta)
+        return dpo_loss(chosen, rejected, batch["ref_chosen_logps"], batch["ref_rejected_logps"],
+                        beta, batch["win_prob"] if soft_labels else None)
 
-    train(compute_loss, TrainingConfig(**training), PairDataset, loss="dpo", beta=beta)
+    train(compute_loss, TrainingConfig(**training), PairDataset, loss="dpo", beta=beta, soft_labels=soft_labels)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def measure(prompts, judge, count, num_samples, gpus, which):
         found[way] = queue.get()
         process.join()
     judgements = count * num_samples * (num_samples - 1)
-    (plain, asked, *_), (ours, read, prompt_tokens, uncached, decoded, floor) = found["plain"], found["ours"]
+    (plain, asked, *_), (ours, read, _, uncached, _, floor) = found["plain"], found["ours"]
     difference = max((abs(asked[key] - read[key]) for key in asked), default=math.nan)
     record(f"Judging, {judgements} judgements of {num_samples} responses to {count} prompts{which}", [
         "| way | judgements/s | prompt tokens | uncached | decoded a judgement |", "|---|---|---|---|---|",

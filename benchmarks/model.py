@@ -19,7 +19,7 @@ import statistics
 import fire
 import torch
 
-from common import PeakMemory, forward_flops, machine, make_model, make_pairs, matrix_rate, record, seconds  # noqa: F401
+from common import PeakMemory, forward_flops, make_model, make_pairs, matrix_rate, record, seconds
 
 from logps import install_head, response_logps
 

@@ -152,6 +152,10 @@ def test_dpo_loss_of_one_pair():
     # h = (-10 + 12) - (-11 + 11) = 2, beta h = 1: -log sigmoid(1) = log(1 + 1/e)
     loss = dpo_loss(*torch.tensor([[-10.0], [-11.0], [-12.0], [-11.0]]), beta=0.5)
     torch.testing.assert_close(loss, torch.tensor([math.log1p(math.exp(-1))]))
+    # With p = sigmoid(1) this is where the loss is smallest: the entropy of p.
+    p = 1 / (1 + math.exp(-1))
+    soft = dpo_loss(*torch.tensor([[-10.0], [-11.0], [-12.0], [-11.0]]), beta=0.5, win_prob=torch.tensor([p]))
+    torch.testing.assert_close(soft, torch.tensor([-p * math.log(p) - (1 - p) * math.log(1 - p)]))
 
 
 def test_ipo_loss_of_one_pair():
@@ -216,7 +220,8 @@ def test_losses_of_an_untouched_policy_are_the_squared_target(logps, eta):
 
 
 LOSSES = [(ipo_loss, ("policy", "ref"), {"eta": 0.1}),
-          (inpo_loss, ("policy", "ref", "last"), {"eta": 0.1, "tau_eta_ratio": 1 / 3})]
+          (inpo_loss, ("policy", "ref", "last"), {"eta": 0.1, "tau_eta_ratio": 1 / 3}),
+          (dpo_loss, ("policy", "ref"), {"beta": 0.1})]
 
 
 @pytest.mark.parametrize("loss, models, settings", LOSSES)
@@ -237,7 +242,7 @@ def test_certain_soft_labels_are_hard_labels(logps, loss, models, settings):
     torch.testing.assert_close(loss(**pairs, win_prob=1 - ones, **settings), loss(**swapped(pairs), **settings))
 
 
-@pytest.mark.parametrize("loss, models, settings", LOSSES + [(dpo_loss, ("policy", "ref"), {"beta": 0.1})])
+@pytest.mark.parametrize("loss, models, settings", LOSSES)
 def test_losses_stay_per_pair(logps, loss, models, settings):
     pairs = only(logps, *models)
     whole = loss(**pairs, **settings)

@@ -247,13 +247,15 @@ def pair_loss_at_start(record, method, soft):
     def difference(name):
         return record[f"{name}_chosen_logp"] - record[f"{name}_rejected_logp"]
     last, ref = difference("last"), difference("ref")
-    target = (2 * record["win_prob"] - 1 if soft else 1) / (2 * ETA)
+    p = record["win_prob"] if soft else 1
+    target = (2 * p - 1) / (2 * ETA)
     return {"inpo": (R * (last - ref) - target) ** 2,  # the share 1 - R of the last policy itself cancels
             "ipo": (last - ref - target) ** 2,
-            "dpo": math.log1p(math.exp(-BETA * (last - ref)))}[method]
+            "dpo": math.log1p(math.exp(-BETA * (last - ref))) + (1 - p) * BETA * (last - ref)}[method]
 
 
-@pytest.mark.parametrize("method, soft", [("inpo", False), ("inpo", True), ("ipo", False), ("ipo", True), ("dpo", False)])
+@pytest.mark.parametrize("method, soft", [("inpo", False), ("inpo", True), ("ipo", False), ("ipo", True),
+                                          ("dpo", False), ("dpo", True)])
 def test_first_loss_of_every_method_by_hand(train, setting, method, soft):
     main = {"inpo": inpo.main, "ipo": ipo.main, "dpo": dpo.main}[method]
     own = {"inpo": dict(eta=ETA, tau_eta_ratio=R), "ipo": dict(eta=ETA), "dpo": dict(beta=BETA)}[method]

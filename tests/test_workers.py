@@ -18,7 +18,7 @@ import pytest
 
 from utils import StageError, read_jsonl
 from conftest import ChunkWork
-from workers import MAX_STARTS, Journal, PoolConfig, map_chunks, map_files, worker_environments
+from workers import MAX_STARTS, Journal, PoolConfig, _chunks, map_chunks, map_files, worker_environments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -511,3 +511,11 @@ def test_a_killed_stage_leaves_no_worker_and_goes_on(tmp_path, sent, code):
     assert subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, timeout=60).returncode == 0
     assert len((tmp_path / "pids").read_text().split()) - asked == 8 - finished < 8
     assert ids(tmp_path / "out.jsonl") == [str(n) for n in range(8)] and not kept.exists()
+
+
+def test_chunks_get_smaller_towards_the_end():
+    sizes = [len(chunk) for chunk in _chunks(iter(range(2000)), 2000, 128, 4)]
+    assert sum(sizes) == 2000 and sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 128 and sizes[-1] <= 8 and len(sizes) < 50
+    assert [len(chunk) for chunk in _chunks(iter(range(300)), 300, 128, 1)] == [128, 128, 44]
+    assert list(_chunks(iter([]), 0, 128, 2)) == []

@@ -12,7 +12,7 @@ EVAL_PROMPTS=${EVAL_PROMPTS:-$DEMO_MODELS/prompts/eval.jsonl}
 
 # A target that a tiny model reaches: 1/(2 ETA) = 1.5 nats. At 0.002 its loss would hardly move.
 ETA=${ETA:-0.333333}
-BETA=${BETA:-1}                         # of DPO, likewise: at 0.1 one iteration would put everything on one answer
+BETA=${BETA:-2}                         # of DPO, likewise: with soft labels log(p/(1 - p))/2, at most 1.1 nats
 case ${METHOD:-comal} in comal) UPDATE_INTERVAL=${UPDATE_INTERVAL:-6} ;; esac
 PAIR_RULE=${PAIR_RULE:-random}          # with soft labels the unbiased rule: its fixed point is the Nash policy
 SOFT_LABELS=${SOFT_LABELS:-true}
