@@ -26,8 +26,8 @@ for seed in $SEEDS; do for method in $METHODS; do runs+=("$method-$seed"); done;
 
 play() {  # METHOD-SEED: one run, without what the picture does not need
   # vLLM would bind the threads of all runs to the same cores.
-  RECIPE=demo GPUS=none METHOD=${1%-*} SEED=${1##*-} NAME=compare/$1 ROUNDS=3 EVAL_EVERY=18 \
-    OMP_NUM_THREADS=$threads VLLM_CPU_OMP_THREADS_BIND=nobind \
+  exec env RECIPE=demo GPUS=none METHOD="${1%-*}" SEED="${1##*-}" NAME="compare/$1" ROUNDS=3 EVAL_EVERY=18 \
+    OMP_NUM_THREADS="$threads" VLLM_CPU_OMP_THREADS_BIND=nobind \
     bash comal.sh >"$folder/$1.log" 2>&1
 }
 
@@ -41,7 +41,7 @@ for run in "${runs[@]}"; do
   play "$run" &
 done
 while [[ -n $(jobs -rp) ]]; do wait -n || failed=yes; done
-[[ -z $failed ]] || die "a run failed; see the end of $(IFS=' '; for run in "${runs[@]}"; do [[ -d $folder/$run/matrix ]] || echo -n "$folder/$run.log "; done)
-once the cause is mended, the same command goes on here"
+[[ -z $failed ]] || die "a run failed; see the end of $(cd "$folder" && grep -L "^done after" -- *.log | paste -sd' ') in $folder.
+Once the cause is mended, the same command goes on here."
 "$PYTHON" data/demo/game.py compare "${runs[@]/#/$folder/}" --output "$folder/compare.svg"
 echo "$folder/compare.svg, and the figures in compare.json, after $((SECONDS / 60)) min"
