@@ -352,7 +352,7 @@ def state(path, settings, rows):
     """How far the experiment is; its files do not show whether it is running, only when the last was written."""
     rounds, splits = settings.get("ROUNDS", ""), settings.get("SPLITS", "")
     total = int(rounds) * int(splits) if rounds.isdecimal() and splits.isdecimal() else None
-    written = 0
+    written = path.stat().st_mtime
     for place in [path, path / "start", *path.glob("iter*"), *path.glob("iter*/*")]:
         for file in place.glob("*"):
             if file.is_file() and file.name != ".lock":
