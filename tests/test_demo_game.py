@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def make_run(folder, method, seed, gaps, others=0.01, policy=(0.4, 0.3, 0.3)):
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"METHOD": method, "SEED": str(seed), "ROUNDS": "2", "SPLITS": "4"}))
+    (folder / "run.json").write_text(json.dumps({"METHOD": method, "SEED": str(seed), "ROUNDS": "2", "SPLITS": "4",
+                                                  "UPDATE_INTERVAL": "3"}))
     rows = [{"iteration": iteration, "duality_gap": gap, "other": others, "distribution": policy}
             for iteration, gap in zip(["start", *range(len(gaps))], [0.5, *gaps])]
     (folder / "game.json").write_text(json.dumps(rows))

@@ -219,7 +219,8 @@ LAST_ITERATIONS = 6  # single iterations are noisy; their mean over the last one
 
 
 def read_run(experiment):
-    """{method, seed, gaps, others, policies} of a run that comal.sh has finished: one value a policy, the start's first."""
+    """{method, seed, moves, gaps, others, policies} of a run that comal.sh has finished: `moves` are the numbers of iterations
+    behind which the reference moved; of the last three there is one value a policy, the start's first."""
     try:
         settings = json.loads((experiment / "run.json").read_text())
         rows = json.loads((experiment / "game.json").read_text())
@@ -228,7 +229,9 @@ def read_run(experiment):
     expected = ["start", *range(int(settings["ROUNDS"]) * int(settings["SPLITS"]))]
     if [row["iteration"] for row in rows] != expected:
         raise StageError(f"{experiment}: game.json lacks iterations; let comal.sh finish first")
-    return {"method": settings["METHOD"], "seed": int(settings["SEED"]), "gaps": [row["duality_gap"] for row in rows],
+    every = int(settings["UPDATE_INTERVAL"])
+    return {"method": settings["METHOD"], "seed": int(settings["SEED"]),
+            "moves": list(range(every, len(rows) - 1, every)) if every else [], "gaps": [row["duality_gap"] for row in rows],
             "others": [row["other"] for row in rows], "policies": [row["distribution"] for row in rows]}
 
 
@@ -264,12 +267,14 @@ def compare(experiments: list, output: str):
 
 
 def draw(runs, methods):
-    """The SVG file: the gap by iteration, mean over seeds with their range as a band; beside it one simplex a method."""
+    """The SVG file: the gap by iteration, mean over seeds with their range as a band and triangles where COMAL's reference
+    moves; beside it one simplex a method."""
     import numpy as np
     from matplotlib.figure import Figure
     from plots import COLOURS, plot_style, svg_file
     corners = np.array([[0, 0], [1, 0], [0.5, 3 ** 0.5 / 2]])  # all mountains, all sea, all city
     nash = np.array([4, 3, 4]) / 11 @ corners
+    moves = sorted({move for each in runs if each["method"] == "comal" for move in each["moves"]})
     with plot_style("compare"):
         figure = Figure(figsize=(10, 4.4), layout="constrained")
         wide, narrow = figure.subfigures(1, 2, width_ratios=[1.15, 1])
@@ -295,10 +300,13 @@ def draw(runs, methods):
             for name, (x, y), shift in zip(NAMES, corners, (-0.1, -0.1, 0.05)):
                 simplex.text(x, y + shift, name, ha="center", fontsize=8, color="#5c6166")
         axes.axhline(0, color="#b9b6ae", linewidth=0.8)
+        for move in moves:
+            axes.plot(move, 0, "^", color=COLOURS[0], markersize=5.5, clip_on=False, zorder=5, transform=axes.get_xaxis_transform())
         axes.set(xlabel="iteration", ylabel="duality gap", xlim=(0, None), ylim=(-0.02, None), xticks=range(0, len(runs[0]["gaps"]), 3))
         axes.grid(axis="y", color="#e8e6e1", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper right")
+        wide.legend(loc="outside upper center", ncols=4, frameon=False, handlelength=1.2, columnspacing=1.2)
+        narrow.supxlabel("square: start policy, star: Nash policy; thin: the other seeds", fontsize=8.5, color="#5c6166")
         return svg_file(figure)
 
 
