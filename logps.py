@@ -42,7 +42,7 @@ def response_logps(model, rows, device=None):
     head = getattr(getattr(model, "module", model), "lm_head", None)
     if not isinstance(head, ResponseHead):
         return plain_logps(model, rows, device)
-    batch = {name: value.to(device) for name, value in lay_out(rows).items()}
+    batch = lay_out(rows, device)
     predictors, labels, owner = (batch.pop(name) for name in ("predictors", "labels", "owner"))
     head.targets = predictors, labels
     try:
@@ -52,7 +52,7 @@ def response_logps(model, rows, device=None):
     return sum_by_owner(token_logps, owner, len(rows) * len(rows[0][1]))
 
 
-def lay_out(rows):
+def lay_out(rows, device="cpu"):
     """Tensors of rows with their responses behind each other.
 
     Two rows with the prompts [5, 6] and [1] and the responses [7, 8], [9] and [2], [3] become
@@ -80,14 +80,14 @@ def lay_out(rows):
         tokens.append(row + [0] * padding)
         positions.append(place + [0] * padding)
         segments.append(segment + [-1] * padding)
-    batch = {"input_ids": torch.tensor(tokens), "predictors": torch.tensor(predictors), "labels": torch.tensor(labels),
-             "owner": torch.tensor(owner)}
-    if max(len(responses) for _, responses in rows) > 1:
-        segments = torch.tensor(segments)
-        query, key = segments[:, :, None], segments[:, None, :]
-        allowed = ((key == 0) | (key == query)) & torch.ones(length, length, dtype=torch.bool).tril()
-        batch |= {"position_ids": torch.tensor(positions), "attention_mask": allowed[:, None]}
-    return batch
+    batch = {"input_ids": tokens, "predictors": predictors, "labels": labels, "owner": owner}
+    if max(len(responses) for _, responses in rows) == 1:
+        return {name: torch.tensor(values, device=device) for name, values in batch.items()}
+    batch = {name: torch.tensor(values, device=device)
+             for name, values in (batch | {"position_ids": positions, "segments": segments}).items()}
+    query, key = batch["segments"][:, :, None], batch.pop("segments")[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return batch | {"attention_mask": (((key == 0) | (key == query)) & causal)[:, None]}
 
 
 def sum_by_owner(token_logps, owner, count):
@@ -153,7 +153,7 @@ class TokenLogps(torch.autograd.Function):
         inputs, table = hidden.detach().to(dtype), weight.detach().to(dtype)
         exact_dtype = torch.promote_types(dtype, torch.float32)
         count, size = len(inputs), len(table)
-        found, normaliser = inputs.new_empty(count, dtype=exact_dtype), inputs.new_empty(count, dtype=exact_dtype)
+        found, normaliser = inputs.new_zeros(count, dtype=exact_dtype), inputs.new_zeros(count, dtype=exact_dtype)
         blocks = []
         scratch = torch.empty(min(ROWS, count) * min(TILE, size), dtype=exact_dtype, device=inputs.device)
         product = None if keep else torch.empty_like(scratch, dtype=dtype)
@@ -169,8 +169,8 @@ class TokenLogps(torch.autograd.Function):
                     logits += bias.detach()[columns].to(dtype)
                 if keep:
                     blocks.append(logits)
-                inside = ((own_labels >= columns.start) & (own_labels < columns.stop)).nonzero().flatten()
-                found[rows.start + inside] = logits[inside, own_labels[inside] - columns.start].to(exact_dtype)
+                place, inside = within(own_labels, columns, shape)
+                found[rows] = torch.where(inside, logits.gather(1, place[:, None])[:, 0].to(exact_dtype), found[rows])
                 exact = view(scratch, shape).copy_(logits)
                 now = torch.maximum(largest, exact.amax(1))
                 total = total * (largest - now).exp() + exact.sub_(now[:, None]).exp_().sum(1)
@@ -198,8 +198,8 @@ class TokenLogps(torch.autograd.Function):
                 # - d logp / d logits, times the gradient that came in
                 block = next(blocks)
                 slope = view(scratch, block.shape).copy_(block).sub_(normaliser[rows][:, None]).exp_()
-                inside = ((own_labels >= columns.start) & (own_labels < columns.stop)).nonzero().flatten()
-                slope[inside, own_labels[inside] - columns.start] -= 1
+                place, inside = within(own_labels, columns, block.shape)
+                slope.scatter_add_(1, place[:, None], -inside[:, None].to(exact_dtype))
                 slope = slope.mul_(grad[rows][:, None]).to(dtype)
                 grad_hidden[rows] -= slope @ table[columns]
                 if grad_weight is not None:
@@ -211,6 +211,12 @@ class TokenLogps(torch.autograd.Function):
 
 def slices(length, step):
     return [slice(start, start + step) for start in range(0, length, step)]
+
+
+def within(labels, columns, shape):
+    """(place of each label among the columns of a block, whether it is there at all); nothing waits for the device."""
+    place = labels - columns.start
+    return place.clamp(0, shape[1] - 1), (place >= 0) & (place < shape[1])
 
 
 def view(buffer, shape):
