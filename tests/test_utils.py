@@ -299,7 +299,7 @@ def test_read_jsonl_overlooks_what_editors_leave(tmp_path):
 
 
 @pytest.mark.parametrize("content, kind", [
-    (gzip.compress(b"{}\n"), "compressed with gzip"), (b"PAR1....", "a Parquet file"), ("{}\n".encode("utf-16"), "UTF-16"),
+    (gzip.compress(b"{}\n", mtime=0), "compressed with gzip"), (b"PAR1....", "a Parquet file"), ("{}\n".encode("utf-16"), "UTF-16"),
     (b"PK\3\4....", "a zip archive")])
 def test_check_input_names_what_is_not_text(tmp_path, content, kind):
     (tmp_path / "a.jsonl").write_bytes(content)
