@@ -62,9 +62,10 @@ GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false}
 SELECT=${SELECT:-best}                                  # checkpoint with the lowest validation loss, or the last
 
 # Evaluation: win rates against the start policy and the previous iteration
-EVAL_EVERY=${EVAL_EVERY:-1}                             # iterations; all since the last time are compared at once
+EVAL_EVERY=${EVAL_EVERY:-1}                             # iterations; all since the last time are compared at once, when
+                                                        # the judge is there anyway: to score the next one's samples
 EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-0.7}
-KL_FROM_START=${KL_FROM_START:-true}                    # also measure it where the start policy is not the reference
+KL_FROM_START=${KL_FROM_START:-true}                    # also at each round's end where the start is not the reference
 
 # Machine
 GPUS=${GPUS:-auto}                                      # auto, none, or physical numbers: 0,2,3
@@ -189,7 +190,7 @@ prepare() {  # prompts and, in the demo, the two models
   fi
 }
 
-sample() {  # the policy answers train and test prompts K times, and the evaluation prompts once for `evaluate`
+sample() {  # the policy answers train and test prompts K times, and the evaluation prompts once: they tell how good it is
   local split=train_$((i % SPLITS))
   if [[ $METHOD == ipo || $METHOD == dpo ]]; then split=train; fi
   local inputs=$PROMPTS_DIR/$split.jsonl,$PROMPTS_DIR/test.jsonl
@@ -213,13 +214,21 @@ sample() {  # the policy answers train and test prompts K times, and the evaluat
     "${engines[@]}"
 }
 
-score() {  # the judge compares the K responses with each other
-  stage scoring "$iter"/{train,test}.scores.jsonl -- \
+score() {  # the judge compares the K responses with each other; and, with the same start, the policies up to now
+  local comparisons=() compared=()
+  if [[ ! -e $iter/train.scores.jsonl || ! -e $iter/test.scores.jsonl ]] && ((i % EVAL_EVERY == 0)); then
+    to_compare $((i - 1))
+    if ((${#compared[@]})); then
+      comparisons=(--responses "$(list "${ours[@]}")" --baseline "$(list "${theirs[@]}")" --compared "$(list "${compared[@]}")")
+    fi
+  fi
+  stage scoring "$iter"/{train,test}.scores.jsonl "${compared[@]/%.jsonl/.json}" -- \
     "$PYTHON" scoring.py \
     --judge "$JUDGE" \
     --template "$TEMPLATE" \
     --input "$iter/train.samples.jsonl,$iter/test.samples.jsonl" \
     --output "$iter/train.scores.jsonl,$iter/test.scores.jsonl" \
+    "${comparisons[@]}" \
     --max_prompt_tokens "$MAX_JUDGE_TOKENS" \
     "${engines[@]}"
 }
@@ -276,8 +285,8 @@ train() {
   [[ -n $plan ]] || rm -rf "$iter"/ckpt/{resume,best}-*
 }
 
-start_logprobs() {  # the start policy's log-probabilities of the test pairs, where it is not the reference: for the report
-  [[ $reference != "$MODEL" && $KL_FROM_START == true ]] || return 0
+start_logprobs() {  # once a round the start policy's log-probabilities of the test pairs, where it is not the reference
+  [[ $reference != "$MODEL" && $KL_FROM_START == true ]] && (((i + 1) % SPLITS == 0)) || return 0
   stage start_logprobs "$iter/eval/start_logps.jsonl" -- \
     "${launch[@]}" get_logprobs.py \
     --model "$MODEL" \
@@ -304,27 +313,28 @@ generate() {  # STAGE MODEL OUTPUT SEED: one answer to each evaluation prompt
     "${engines[@]}"
 }
 
-evaluate() {  # win rates of the iterations since the last evaluation, with one start of the judge
-  (((i + 1) % EVAL_EVERY == 0 || i + 1 == iterations)) || return 0
-  # A fork has no first iteration that would sample the start policy's answers.
-  if [[ -n $FROM ]] && ((i - first < EVAL_EVERY)); then
-    generate start_responses "$MODEL" "$(responses -1)" $((SEED * 1000))
-  fi
-  generate responses "$iter/ckpt" "$(responses "$i")" $((SEED * 1000 + i + 1))
-  local ours=() theirs=() outputs=() j
-  for ((j = first; j <= i; j++)); do
-    [[ -e $exp/iter$j/eval/vs_previous.json ]] && continue
+to_compare() {  # LAST: the arrays ours, theirs, compared: the responses, baselines and outputs of the iterations up to LAST that are not compared yet
+  local j
+  ours=() theirs=() compared=()
+  for ((j = uncompared; j <= $1; j++)); do
+    if [[ -e $exp/iter$j/eval/vs_start.json && -e $exp/iter$j/eval/vs_previous.json ]]; then continue; fi
     ours+=("$(responses "$j")" "$(responses "$j")")
     theirs+=("$(responses -1)" "$(responses $((j - 1)))")
-    outputs+=("$exp/iter$j/eval/vs_start.jsonl" "$exp/iter$j/eval/vs_previous.jsonl")
+    compared+=("$exp/iter$j/eval/vs_start.jsonl" "$exp/iter$j/eval/vs_previous.jsonl")
   done
+  uncompared=$(($1 + 1))
+}
+
+evaluate_last() {  # the last policy, which no further iteration samples from, and what was not compared before
+  generate responses "$iter/ckpt" "$(responses "$i")" $((SEED * 1000 + i + 1))
+  to_compare "$i"
   stage evaluation "$iter"/eval/vs_{start,previous}.json -- \
     "$PYTHON" eval.py compare \
     --judge "$JUDGE" \
     --template "$TEMPLATE" \
     --responses "$(list "${ours[@]}")" \
     --baseline "$(list "${theirs[@]}")" \
-    --output "$(list "${outputs[@]}")" \
+    --output "$(list "${compared[@]}")" \
     --max_prompt_tokens "$MAX_JUDGE_TOKENS" \
     "${engines[@]}"
   [[ -n $plan ]] || rm -f "$exp"/iter*/eval/*.partial
@@ -372,8 +382,11 @@ main() {
     lock_experiment
     check_settings
   fi
+  uncompared=$first  # the first iteration that no stage of this run has compared
   for ((i = first; i < iterations; i++)); do
     iter=$exp/iter$i began=$SECONDS ran=
+    # A fork has no first iteration that would sample the start policy's answers.
+    if [[ -n $FROM ]] && ((i == first)); then generate start_responses "$MODEL" "$(responses -1)" $((SEED * 1000)); fi
     sample
     score
     make_pairs
@@ -381,13 +394,13 @@ main() {
     start_logprobs
     train
     policy=$iter/ckpt
-    evaluate
     if ((UPDATE_INTERVAL && (i + 1) % UPDATE_INTERVAL == 0)); then reference=$policy; fi
     if (((i + 1) % SPLITS == 0)) && [[ -z $plan ]]; then ln -sfn "iter$i/ckpt" "$exp/round$(((i + 1) / SPLITS))"; fi
     [[ -n $plan ]] || complete
     if [[ -n $ran ]]; then progress; report; fi
   done
   i=$((iterations - 1)) ran=
+  evaluate_last
   matrix
   [[ -z $plan ]] || return 0
   if [[ $RECIPE == demo ]]; then demo_table; fi
@@ -419,7 +432,7 @@ complete() {  # the iteration is: note what the next one starts from, and delete
     mv "$iter/next.json.tmp" "$iter/next.json"
   fi
   # While the weights are there: its rows of the demo's table.
-  if [[ $RECIPE == demo && -n $ran && ($KEEP_CKPTS != all || -e $iter/eval/vs_start.json) ]]; then demo_table >/dev/null; fi
+  if [[ $RECIPE == demo && -n $ran && ($KEEP_CKPTS != all || $(((i + 1) % EVAL_EVERY)) == 0) ]]; then demo_table >/dev/null; fi
   [[ $KEEP_CKPTS != all ]] || return 0
   local j
   for ((j = first; j < i; j++)); do

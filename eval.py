@@ -128,18 +128,26 @@ def compare(responses: str, baseline: str, output: str, seed: int = 0, **judge: 
         seed: of the bootstrap
     """
     ours, theirs, outputs = file_lists(responses=responses, baseline=baseline, output=output)
-    for path in outputs:
-        if path.suffix == ".json":
-            raise StageError(f"--output {path}: the summary goes to a file of that name; end it in .jsonl")
     judge_responses(list(zip(ours, theirs, outputs)), JudgeConfig(**judge), seed)
 
 
-def judge_responses(jobs, config, seed):
+def judge_responses(files, config, seed):
     """Judge (responses, baseline, output) files with one start of the judge; write the outputs and their summaries."""
-    made_with = config.made_with()
-    map_files([(partial(join_responses, ours, theirs), target, made_with) for ours, theirs, target in jobs],
-              partial(Judge, config), config, "comparing")
-    for ours, theirs, path in jobs:
+    map_files(comparison_jobs(files, config.made_with()), partial(Judge, config), config, "comparing")
+    write_summaries(files, seed)
+
+
+def comparison_jobs(files, made_with):
+    """Jobs of `workers.map_files` that judge (responses, baseline, output) files."""
+    for _, _, path in files:
+        if path.suffix == ".json":
+            raise StageError(f"{path}: the summary goes to a file of that name; end it in .jsonl")
+    return [(partial(join_responses, ours, theirs), target, made_with) for ours, theirs, target in files]
+
+
+def write_summaries(files, seed=0):
+    """Beside each output of (responses, baseline, output) files its summary, ending in .json."""
+    for ours, theirs, path in files:
         summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(list(read_jsonl(path)), seed)
         write_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
         low, high = summary["win_rate_interval"]

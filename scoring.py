@@ -8,6 +8,8 @@ Output, in input order: the input's fields and
     order_gap   mean absolute disagreement of the two orders, null when all K responses are identical
     label_mass  mean probability that the judge puts on its two labels; far below 1, it is answering something else
 
+With --responses the judge, once started, also compares policies: see eval.py compare.
+
 All ordered pairs of different responses are judged, each once. A record whose judging prompt is too long for the
 judge is never cut: it is left out, counted, and listed in `<output>.skipped.jsonl`.
 Exit code 0 means that every other record is in the output.
@@ -15,23 +17,29 @@ Exit code 0 means that every other record is in the output.
 
 from functools import partial
 
+from eval import comparison_jobs, write_summaries
 from utils import file_lists, log, read_jsonl, read_samples, run
 from vllm_model import Judge, JudgeConfig, judge_figures
 from workers import map_files
 
 
-def main(input: str, output: str, **judge: JudgeConfig):
+def main(input: str, output: str, responses: str = "", baseline: str = "", compared: str = "", **judge: JudgeConfig):
     """Compare all responses to a prompt with each other, in both orders, with one start of the judge.
 
     Args:
         input: samples file(s), comma-separated
         output: scores file(s), as many
+        responses: responses file(s) to compare with baselines, as by eval.py compare
+        baseline: as many
+        compared: comparison file(s), as many
     """
     inputs, outputs = file_lists(input=input, output=output)
+    comparisons = list(zip(*file_lists(responses=responses, baseline=baseline, compared=compared))) if responses else []
     config = JudgeConfig(**judge)
     made_with = config.made_with()
     jobs = [(partial(read_samples, path), target, made_with) for path, target in zip(inputs, outputs)]
-    map_files(jobs, partial(Judge, config), config, "scoring")
+    map_files(jobs + comparison_jobs(comparisons, made_with), partial(Judge, config), config, "scoring")
+    write_summaries(comparisons)
     figures = judge_figures(record for path in outputs for record in read_jsonl(path))
     if figures["label_mass"] is not None:
         log.info("the judge's two orders differ by %(order_gap).3f on average; it puts %(label_mass).3f of its probability on "

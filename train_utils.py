@@ -138,6 +138,8 @@ def load_model(name, from_config=False, gradient_checkpointing=False):
     directory = resolve_model(name)
     if not from_config:
         check_weights(directory)
+    if os.environ.get("RANK", "0") == "0":
+        log.info("loading %s", name)
     try:
         if from_config:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)

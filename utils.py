@@ -193,25 +193,26 @@ def split_list(value):
 
 
 def file_lists(**flags):
-    """Comma-separated path flags as equally long lists of paths, inputs first, outputs in `output`.
+    """Comma-separated path flags as equally long lists of paths, inputs first.
 
-    Raises StageError when the lists differ in length, an input is not a readable non-empty file, an output is
-    given twice or is also an input.
+    Raises StageError when the lists differ in length, an input is not a readable non-empty file, an output (`output`,
+    `compared`) is given twice or is also an input.
     """
     lists = {name: [Path(part) for part in split_list(value)] for name, value in flags.items()}
     counts = {name: len(paths) for name, paths in lists.items()}
     if len(set(counts.values())) != 1 or not max(counts.values()):
         raise StageError("these flags need one file each, or equally long comma-separated lists: "
                          + ", ".join(f"--{name} has {count}" for name, count in counts.items()))
-    inputs = [path for name, paths in lists.items() if name != "output" for path in paths]
+    inputs = [path for name, paths in lists.items() if name not in ("output", "compared") for path in paths]
     for path in inputs:
         check_input(path)
-    outputs = [path.resolve() for path in lists.get("output", [])]
+    (flag,) = {"output", "compared"} & set(lists) or {"output"}
+    outputs = [path.resolve() for path in lists.get(flag, [])]
     for path in outputs:
         if outputs.count(path) > 1 or path in [other.resolve() for other in inputs]:
-            raise StageError(f"--output {path} is written twice or is also an input; give another name")
+            raise StageError(f"--{flag} {path} is written twice or is also an input; give another name")
         if path.is_dir():
-            raise StageError(f"--output {path} is a directory; give a file name")
+            raise StageError(f"--{flag} {path} is a directory; give a file name")
     return list(lists.values())
 
 

@@ -425,7 +425,7 @@ ROWS = [
         files={"baseline.jsonl": [SAMPLES | {"samples": []}]}),
     row("compare", "prompts", "{tmp}/baseline.jsonl, line 1: field 'samples' is missing (sampling.py writes it); found "
         "prompt_id, prompt", files={"baseline.jsonl": [PROMPT]}),
-    row("compare", "summary", "--output {tmp}/x.json: the summary goes to a file of that name; end it in .jsonl",
+    row("compare", "summary", "{tmp}/x.json: the summary goes to a file of that name; end it in .jsonl",
         files=BASELINE, output="{tmp}/x.json"),
     row("compare", "template", "judge template {tmp}/in.jsonl should contain {input}, {output_1} and {output_2} once "
         "each", files=BASELINE, template=IN),

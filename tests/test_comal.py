@@ -6,6 +6,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,12 @@ STAGE = r"""#!/usr/bin/env bash
 if [[ $1 == -c ]]; then echo "torch 1 transformers 1"; exit; fi
 if [[ $1 == "${SLEEP-}" ]]; then setsid sleep 300 & sleep 300; fi
 script=$1
-while (($#)); do [[ $1 != --output ]] || outputs=$2; shift; done
-for output in ${outputs//,/ }; do
+outputs=()
+while (($#)); do
+  if [[ $1 == --output || $1 == --compared ]]; then outputs+=(${2//,/ }); fi
+  shift
+done
+for output in "${outputs[@]}"; do
   if [[ $script == *po.py ]]; then
     mkdir -p "$output"/{model,last,resume-1}
     echo 1 >"$output/model/model.safetensors"
@@ -31,7 +36,7 @@ for output in ${outputs//,/ }; do
   mkdir -p "$(dirname "$output")"
   echo 1 >"$output"
   touch "$output.partial"
-  [[ $script != eval.py ]] || cp "$output" "${output%l}"
+  [[ $script != eval.py && $output != */vs_* ]] || cp "$output" "${output%l}"
 done
 exit 0
 """
@@ -134,6 +139,18 @@ def test_what_is_kept(loop, keep, models):
 def test_last_keeps_the_reference(loop):
     assert loop.run(KEEP_CKPTS="last", UPDATE_INTERVAL="3")[1] == 0
     assert loop.models() == [2, 3]
+
+
+@pytest.mark.parametrize("every, scorings, at_the_end", [("1", [[0], [1], [2]], [3]), ("2", [[0, 1]], [2, 3]),
+                                                         ("4", [], [0, 1, 2, 3])])
+def test_comparisons_share_the_judge_of_a_scoring(loop, every, scorings, at_the_end):
+    plan = loop.run("--plan", EVAL_EVERY=every)[0]
+    compared = lambda flag, script: [sorted({int(i) for i in re.findall(r"/iter(\d+)/eval/vs_", line)})  # noqa: E731
+                                     for line in plan.splitlines() if script in line and flag in line]
+    assert compared("--compared", "scoring.py") == scorings
+    assert compared("--output", "eval.py compare") == [at_the_end]
+    output, code = loop.run(EVAL_EVERY=every)
+    assert code == 0 and len(list(loop.exps.glob("run/iter*/eval/vs_*.json"))) == 8, output
 
 
 def test_pins_and_forks(loop):

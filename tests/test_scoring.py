@@ -3,6 +3,8 @@
     python -m pytest tests/test_scoring.py
 """
 
+import json
+
 import pytest
 
 import scoring
@@ -36,6 +38,22 @@ def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path,
     assert b == train[1] | {"win_probs": [[None, 0.5, 0.5], [0.5, None, 0.5], [0.5, 0.5, None]], "order_gap": None, "label_mass": None}
     assert c == test[0] | {"win_probs": [[None, 0.25], [0.75, None]], "order_gap": 0, "label_mass": 1}
     assert list(read_jsonl(tmp_path / "train.scores.skipped.jsonl")) == [{"prompt_id": "c", "skipped": "too long"}]
+
+
+def test_main_compares_policies_with_the_same_start_of_the_judge(some_model, jsonl, tmp_path, template, monkeypatch):
+    monkeypatch.setattr(scoring, "Judge", LengthJudge)
+    files = {name: str(jsonl(f"{name}.jsonl", samples("a", text), samples("b", "x"))) for name, text in
+             (("new", "yes"), ("start", "no"))}
+    train = str(jsonl("train.jsonl", samples("a", "yes", "no")))
+    options = dict(judge=some_model, template=template, gpus="none", responses=files["new"], baseline=files["start"])
+    scoring.main(train, str(tmp_path / "scores.jsonl"), compared=str(tmp_path / "vs_start.jsonl"), **options)
+    assert len(list(read_jsonl(tmp_path / "scores.jsonl"))) == 1
+    assert [record["win_probs"][0][1] for record in read_jsonl(tmp_path / "vs_start.jsonl")] == [0.75, 0.5]
+    assert json.loads((tmp_path / "vs_start.json").read_text())["mean_win_prob"] == 0.625
+    with pytest.raises(StageError, match="--compared has 2"):
+        scoring.main(train, str(tmp_path / "other.jsonl"), compared="a.jsonl,b.jsonl", **options)
+    with pytest.raises(StageError, match="--compared .* is written twice or is also an input"):
+        scoring.main(train, str(tmp_path / "other.jsonl"), compared=files["new"], **options)
 
 
 @pytest.mark.parametrize("field", ["prompt_id", "prompt", "prompt_token_ids", "samples"])
