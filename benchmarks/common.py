@@ -1,6 +1,7 @@
 """What the benchmarks share: prompts with real lengths, models of a given shape, peak memory, the results file."""
 
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -9,6 +10,7 @@ import threading
 import time
 from datetime import date
 from pathlib import Path
+from queue import Empty
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,20 +35,61 @@ def make_model(shape, seed=0):
         max_position_embeddings=32_768), dtype=torch.float32)
 
 
+def random_model(source, hidden, layers, folder):
+    """The model `source` in this size with random weights, and its tokenizer, written to `folder`, which is returned."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from utils import resolve_model
+    source = resolve_model(source)
+    config = AutoConfig.from_pretrained(source)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = hidden, 3 * hidden, layers
+    config.num_attention_heads = config.num_key_value_heads = hidden // 64
+    config.head_dim = 64
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * layers
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def in_its_own_process(function, *arguments):
+    """What the function puts into a queue, its first argument; a dead process ends this one too."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=function, args=(queue, *arguments))
+    process.start()
+    while True:
+        try:
+            found = queue.get(timeout=1)
+            break
+        except Empty:
+            if process.exitcode is not None:
+                sys.exit(f"{function.__name__}{arguments} ended with exit code {process.exitcode}")
+    process.join()
+    return found
+
+
 def read_prompt_texts(path):
     with open(path, encoding="utf-8") as file:
         return [json.loads(line)["prompt"] for line in file]
 
 
-def make_pairs(prompts, count, seed=0, longest=1024):
+def make_pairs(prompts, count, seed=0, longest=1024, sequence=0):
     """[(prompt ids, chosen ids, rejected ids)] of random tokens. Prompts take a token for four characters and 20 for the
-    chat template; responses are log-normal around 256 tokens (standard deviation 0.6 of the logarithm), at most `longest`."""
+    chat template; responses are log-normal around 256 tokens (standard deviation 0.6 of the logarithm), at most `longest`. With `sequence`
+    both sequences of a pair, prompt and response, have just that many tokens."""
     generator = np.random.default_rng(seed)
     texts = read_prompt_texts(prompts)
     chosen = generator.choice(len(texts), count, replace=False)
     ids = lambda length: generator.integers(0, 151_000, length).tolist()  # noqa: E731
     lengths = np.minimum(np.exp(generator.normal(np.log(256), 0.6, (count, 2))).astype(int) + 1, longest)
-    return [(ids(20 + min(len(texts[i]) // 4, longest)), ids(first), ids(second)) for i, (first, second) in zip(chosen, lengths)]
+    pairs = []
+    for i, (first, second) in zip(chosen, lengths):
+        prompt = ids(20 + min(len(texts[i]) // 4, longest))
+        if sequence:
+            first = second = sequence - len(prompt)
+        pairs.append((prompt, ids(first), ids(second)))
+    return pairs
 
 
 class PeakMemory:

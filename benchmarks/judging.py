@@ -12,17 +12,15 @@ judgements a second on a CPU and three times on a GPU, probabilities within 1e-3
 """
 
 import math
-import multiprocessing
 import os
 import tempfile
 import time
 
 import fire
 
-from common import read_prompt_texts, record
+from common import in_its_own_process, random_model, read_prompt_texts, record
 
 import vllm_model
-from utils import resolve_model
 from vllm_model import Judge, JudgeConfig
 
 LABELS = "Output (a)", "Output (b)"
@@ -34,19 +32,6 @@ def make_records(prompts, count, num_samples, longest=600):
     return [{"prompt_id": str(i), "prompt": texts[i],
              "samples": [{"text": others[i * num_samples + k], "token_ids": [0]} for k in range(num_samples)]}
             for i in range(count)]
-
-
-def random_judge(source, hidden, layers, folder):
-    """A Llama of this size with random weights and the tokenizer of `source`, written to `folder`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    source = resolve_model(source)
-    config = AutoConfig.from_pretrained(source)
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers = hidden, 3 * hidden, layers
-    config.num_attention_heads = config.num_key_value_heads = hidden // 64
-    config.head_dim = 64
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
 
 
 def run(queue, way, config, records):
@@ -132,21 +117,15 @@ def distinct_prefixes(prompts):
 def main(prompts, judge="exps/demo-models/judge", hidden=0, layers=8, count=16, num_samples=5, gpus="auto"):
     """Measure and append to RESULTS.md."""
     with tempfile.TemporaryDirectory() as folder:
-        measure(prompts, random_judge(judge, hidden, layers, folder) if hidden else judge, count, num_samples, gpus,
+        measure(prompts, random_model(judge, hidden, layers, folder) if hidden else judge, count, num_samples, gpus,
                 f", a random judge of {layers} layers of {hidden}" if hidden else "")
 
 
 def measure(prompts, judge, count, num_samples, gpus, which):
     config = JudgeConfig(judge=judge, gpus=gpus)
     os.environ.update(config.environments()[0])
-    records, context = make_records(prompts, count + 1, num_samples), multiprocessing.get_context("spawn")
-    found = {}
-    for way in ("plain", "ours"):
-        queue = context.Queue()
-        process = context.Process(target=run, args=(queue, way, config, records))
-        process.start()
-        found[way] = queue.get()
-        process.join()
+    records = make_records(prompts, count + 1, num_samples)
+    found = {way: in_its_own_process(run, way, config, records) for way in ("plain", "ours")}
     judgements = count * num_samples * (num_samples - 1)
     (plain, asked, *_), (ours, read, _, uncached, _, floor) = found["plain"], found["ours"]
     difference = max((abs(asked[key] - read[key]) for key in asked), default=math.nan)
