@@ -34,9 +34,10 @@ import numpy as np
 
 import nash
 from export import export_files
+from judges import JudgeConfig, judge_figures, judge_files
 from utils import (StageError, check_at_least, check_output_file, derive_seed, dump_json, file_lists, fingerprint,
                    first_line, jsonl_writer, log, read_jsonl, read_prompts, read_scores, run, split_list, text_id, write_text)
-from vllm_model import Judge, JudgeConfig, Sampler, SamplerConfig, judge_figures
+from vllm_model import Sampler, SamplerConfig
 from workers import map_files
 
 RESPONSE_FIELDS = {"prompt_id": str, "prompt": str, "samples": list}
@@ -133,16 +134,16 @@ def compare(responses: str, baseline: str, output: str, seed: int = 0, **judge: 
 
 def judge_responses(files, config, seed):
     """Judge (responses, baseline, output) files with one start of the judge; write the outputs and their summaries."""
-    map_files(comparison_jobs(files, config.made_with()), partial(Judge, config), config, "comparing")
+    judge_files(comparison_jobs(files), config, "comparing")
     write_summaries(files, seed)
 
 
-def comparison_jobs(files, made_with):
-    """Jobs of `workers.map_files` that judge (responses, baseline, output) files."""
+def comparison_jobs(files):
+    """Jobs of `judges.judge_files` that judge (responses, baseline, output) files."""
     for _, _, path in files:
         if path.suffix == ".json":
             raise StageError(f"{path}: the summary goes to a file of that name; end it in .jsonl")
-    return [(partial(join_responses, ours, theirs), target, made_with) for ours, theirs, target in files]
+    return [(partial(join_responses, ours, theirs), target) for ours, theirs, target in files]
 
 
 def write_summaries(files, seed=0):
@@ -217,7 +218,7 @@ def matrix(responses: str, output: str, names: str = "", measure: str = "mean_wi
     if target.suffix != ".json":
         raise StageError(f"--output should end in .json, got {output}")
     config = JudgeConfig(**judge)
-    made_with, prints = config.made_with(), [fingerprint(path) for path in paths]
+    made_with, prints = [member.made_with() for member in config.members()] + config.weights(), [fingerprint(path) for path in paths]
     cells = {}  # (i, j), i before j: the file of i's responses against j's
     for i, j in itertools.combinations(range(len(paths)), 2):
         name = text_id(dump_json([prints[i], prints[j], made_with]))

@@ -18,9 +18,8 @@ Exit code 0 means that every other record is in the output.
 from functools import partial
 
 from eval import comparison_jobs, write_summaries
+from judges import JudgeConfig, judge_figures, judge_files
 from utils import file_lists, log, read_jsonl, read_samples, run
-from vllm_model import Judge, JudgeConfig, judge_figures
-from workers import map_files
 
 
 def main(input: str, output: str, responses: str = "", baseline: str = "", compared: str = "", **judge: JudgeConfig):
@@ -36,12 +35,11 @@ def main(input: str, output: str, responses: str = "", baseline: str = "", compa
     inputs, outputs = file_lists(input=input, output=output)
     comparisons = list(zip(*file_lists(responses=responses, baseline=baseline, compared=compared))) if responses else []
     config = JudgeConfig(**judge)
-    made_with = config.made_with()
-    jobs = [(partial(read_samples, path), target, made_with) for path, target in zip(inputs, outputs)]
-    map_files(jobs + comparison_jobs(comparisons, made_with), partial(Judge, config), config, "scoring")
+    jobs = [(partial(read_samples, path), target) for path, target in zip(inputs, outputs)]
+    judge_files(jobs + comparison_jobs(comparisons), config, "scoring")
     write_summaries(comparisons)
     figures = judge_figures(record for path in outputs for record in read_jsonl(path))
-    if figures["label_mass"] is not None:
+    if figures["label_mass"] is not None and config.judge_type != "bt-mixture":  # reward models have no labels
         log.info("the judge's two orders differ by %(order_gap).3f on average; it puts %(label_mass).3f of its probability on "
                  "its labels", figures)
         if figures["label_mass"] < 0.5:

@@ -1,24 +1,19 @@
-"""The vLLM engine and the two things it is used for: sampling responses and reading a judge's preferences.
+"""The vLLM engine, how chunks of records go through it, and the policy that samples responses.
 
-`Sampler` and `Judge` are built inside worker processes (`workers.map_files`), each of which owns its GPUs. Imports that
-cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
+`Sampler`, and the judges of judges.py, are built inside worker processes (`workers.map_files`), each of which owns its GPUs.
+Imports that cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
 import itertools
-import math
 import os
-import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from pathlib import Path
 
 from utils import (StageError, check_at_least, check_weights, derive_seed, model_fingerprint, resolve_model,
-                   resolve_tokenizer, split_list, text_id)
+                   resolve_tokenizer)
 from workers import PoolConfig
 
-JUDGE_TYPES = ("offsetbias-lm",)
-MIN_LABEL_MASS = 0.05  # mean probability of both labels together; below it a model is no judge
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -48,13 +43,16 @@ class EngineConfig(PoolConfig):
         """{setting: value} of all that results depend on: not the machine's, and the files instead of their names."""
         machine = {field.name for field in fields(PoolConfig)} | {"gpu_memory_utilization"}
         settings = {name: value for name, value in asdict(self).items() if name not in machine}
-        for name in {"model", "judge"} & set(settings):
-            directory = resolve_model(settings[name])
-            check_weights(directory)
-            settings[name] = model_fingerprint(directory)
-        if "template" in settings:
-            settings["template"] = text_id(read_template(settings["template"]))
+        if "model" in settings:
+            settings["model"] = whole_model_fingerprint(settings["model"])
         return settings
+
+
+def whole_model_fingerprint(name):
+    """`utils.model_fingerprint` of a directory or Hub id; raises StageError unless all of its weights are there."""
+    directory = resolve_model(name)
+    check_weights(directory)
+    return model_fingerprint(directory)
 
 
 @dataclass(kw_only=True)
@@ -78,35 +76,6 @@ class SamplerConfig(EngineConfig):
     seed: int = 0
 
 
-@dataclass(kw_only=True)
-class JudgeConfig(EngineConfig):
-    """The judge that compares, and the engines' settings.
-
-    Args:
-        judge: checkpoint directory or Hub id of the judge
-        judge_type: offsetbias-lm, a generative judge that answers with one of two labels
-        judge_tokenizer: directory or Hub id; default: the judge's
-        template: file with {input}, {output_1}, {output_2}
-        labels: the two answers, comma-separated; the first says that the first output is better
-        max_prompt_tokens: records with a longer judging prompt are skipped and listed
-    """
-
-    judge: str
-    judge_type: str = "offsetbias-lm"
-    judge_tokenizer: str = ""
-    template: str = "prompts/offsetbias.txt"
-    labels: str = "Output (a),Output (b)"
-    max_prompt_tokens: int = 8191
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.judge_type not in JUDGE_TYPES:
-            raise StageError(f"--judge_type should be one of {', '.join(JUDGE_TYPES)}, got {self.judge_type}")
-        if len(set(split_list(self.labels))) != 2 or len(split_list(self.labels)) != 2:
-            raise StageError(f"--labels should be two different answers, comma-separated, got {self.labels!r}")
-        read_template(self.template)
-
-
 class Engine:
     """One vLLM engine in this process.
 
@@ -117,10 +86,12 @@ class Engine:
         config: EngineConfig. Its dtype `auto` is bfloat16 on GPU and float32 on CPU; vLLM's own `auto` would make
             float16 of a float32 checkpoint on some devices.
 
+        rewards: the model is a sequence classifier; requests bring PoolingParams instead of SamplingParams.
+
     Raises StageError if the model has fewer than `max_model_len` positions.
     """
 
-    def __init__(self, model, tokenizer, max_model_len, config):
+    def __init__(self, model, tokenizer, max_model_len, config, rewards=False):
         from transformers import AutoConfig
         directory = resolve_model(model)
         model_config = AutoConfig.from_pretrained(directory).get_text_config()
@@ -150,6 +121,7 @@ class Engine:
             tensor_parallel_size=config.gpus_per_worker,
             enforce_eager=not on_gpu,
             **({} if on_gpu else for_cpu),
+            **({"runner": "pooling", "convert": "classify"} if rewards else {}),
             enable_prefix_caching=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -157,7 +129,7 @@ class Engine:
         )
 
     def enqueue(self, prompts, params):
-        """Add requests for lists of token ids, with a SamplingParams each; returns their ids, str.
+        """Add requests for lists of token ids, with the parameters of each; returns their ids, str.
 
         Raises StageError for a token outside the vocabulary.
         """
@@ -279,139 +251,3 @@ class Sampler(EngineWork):
         content = ids[:-1] if completion.finish_reason == "stop" else ids
         return {"text": self.tokenizer.decode(content, skip_special_tokens=True), "token_ids": ids,
                 "finish_reason": completion.finish_reason}
-
-
-class Judge(EngineWork):
-    """A generative judge that answers with one of two labels: a task is (job number, record with `prompt` and `samples`), its
-    result the record with `win_probs`, `order_gap` and `label_mass`.
-
-    P(first beats second) is read at the one position where the two labels' token ids part: everything before it
-    (the chat prompt and the labels' common beginning, `Output (`) is given, and the log-probabilities of exactly
-    the two deciding tokens are asked for, so neither can fall out of a top-k list. Each ordered pair of *different*
-    texts is judged once; identical texts get 1/2.
-
-    Args:
-        config: JudgeConfig
-    """
-
-    def __init__(self, config):
-        from data_utils import encode_text, load_tokenizer
-        super().__init__()
-        self.template, self.max_prompt_tokens = read_template(config.template), config.max_prompt_tokens
-        self.tokenizer = load_tokenizer(config.judge, config.judge_tokenizer)
-        labels = (encode_text(self.tokenizer, label) for label in split_list(config.labels))
-        self.label_prefix, self.label_ids = split_labels(*labels)
-        self.engine = Engine(config.judge, config.judge_tokenizer, self.max_prompt_tokens + 1, config)
-
-    def requests(self, tasks):
-        from vllm import SamplingParams
-        judgements, results = [], []  # token ids of every judgement of this chunk; per record, its comparisons
-        for _, record in tasks:
-            texts = list(dict.fromkeys(sample["text"] for sample in record["samples"]))
-            orders = [(first, second) for first in texts for second in texts if first != second]
-            prompts = [self.encode(record["prompt"], first, second) for first, second in orders]
-            longest = max(map(len, prompts), default=0)
-            if longest > self.max_prompt_tokens:
-                results.append({"prompt_id": record["prompt_id"], "skipped":
-                                f"a judging prompt has {longest} tokens, the limit is {self.max_prompt_tokens}"})
-            else:
-                results.append((record, orders, slice(len(judgements), len(judgements) + len(prompts))))
-                judgements.extend(prompts)
-        params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=list(self.label_ids), detokenize=False)
-        return judgements, [params] * len(judgements), partial(self.results, results)
-
-    def results(self, results, outputs):
-        answers = self.read_labels(outputs)
-        return [result if isinstance(result, dict) else self.score(*result, answers) for result in results]
-
-    def encode(self, prompt, first, second):
-        from data_utils import encode_prompt
-        return encode_prompt(self.tokenizer, fill_template(self.template, prompt, first, second)) + self.label_prefix
-
-    def read_labels(self, outputs):
-        """[(P(first label), probability of both labels together)]."""
-        first_id, second_id = self.label_ids
-        answers = []
-        for output in outputs:
-            logprobs = output.outputs[0].logprobs[0]
-            first, second = logprobs[first_id].logprob, logprobs[second_id].logprob
-            answers.append((1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second)))
-        mass = sum(mass for _, mass in answers) / max(1, len(answers))
-        if len(answers) >= 20 and mass < MIN_LABEL_MASS:
-            raise StageError(f"{self.engine.model} puts {mass:.2g} of its probability on the two labels, so it does not "
-                             "answer with one of them; is it a judge, and are --template and --labels its own?")
-        return answers
-
-    @staticmethod
-    def score(record, orders, where, answers):
-        return record | win_matrix([sample["text"] for sample in record["samples"]], dict(zip(orders, answers[where])))
-
-
-def win_matrix(texts, judgements):
-    """Win probabilities of K responses from judgements in both orders.
-
-    Args:
-        texts: the K responses.
-        judgements: {(first, second): (P(first is better), probability on both labels)} of every ordered pair of
-            different texts.
-
-    Returns:
-        `win_probs`: K x K, `[i][j]` = P(i beats j) = mean over the two orders, None on the diagonal;
-        `order_gap`: mean absolute disagreement of the two orders over pairs of different texts, None if there are none;
-        `label_mass`: mean probability that the judge gives to its two labels together, None likewise.
-    """
-    def beats(first, second):
-        if first == second:
-            return 0.5
-        return (judgements[first, second][0] + 1 - judgements[second, first][0]) / 2
-
-    gaps = [abs(p - (1 - judgements[second, first][0])) for (first, second), (p, _) in judgements.items()]
-    masses = [mass for _, mass in judgements.values()]
-    return {
-        "win_probs": [[None if i == j else beats(a, b) for j, b in enumerate(texts)] for i, a in enumerate(texts)],
-        "order_gap": sum(gaps) / len(gaps) if gaps else None,
-        "label_mass": sum(masses) / len(masses) if masses else None,
-    }
-
-
-def judge_figures(records):
-    """Means of `order_gap` and `label_mass` over judged records, None where all their responses are identical."""
-    judged = [(record["order_gap"], record["label_mass"]) for record in records if record["label_mass"] is not None]
-    gap, mass = (sum(values) / len(values) for values in zip(*judged)) if judged else (None, None)
-    return {"order_gap": gap, "label_mass": mass}
-
-
-# Names of the three parts: ours, and those of published judge templates.
-_PLACEHOLDERS = {"input": 0, "instruction": 0, "output_1": 1, "output_a": 1, "output_2": 2, "output_b": 2}
-
-
-def read_template(path):
-    """The text of a judge template. Raises StageError unless it names the instruction and both outputs once."""
-    if not Path(path).is_file():
-        raise StageError(f"judge template {path} {'is not a file' if Path(path).exists() else 'does not exist'}")
-    try:
-        text = Path(path).read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        raise StageError(f"judge template {path} is not UTF-8 text") from None
-    found = [_PLACEHOLDERS[name] for name in re.findall(r"\{(\w+)\}", text) if name in _PLACEHOLDERS]
-    if sorted(found) != [0, 1, 2]:
-        raise StageError(f"judge template {path} should contain {{input}}, {{output_1}} and {{output_2}} once each")
-    return text
-
-
-def fill_template(template, prompt, first, second):
-    """The template with its three parts filled in, in one pass: braces inside the parts stay what they are."""
-    parts = (prompt, first, second)
-    return re.sub(r"\{(\w+)\}",
-                  lambda match: parts[_PLACEHOLDERS[match[1]]] if match[1] in _PLACEHOLDERS else match[0], template)
-
-
-def split_labels(first_ids, second_ids):
-    """(common beginning, (deciding token of the first label, of the second)) of two labels' token ids.
-
-    Raises StageError when one label is the beginning of the other: no single position decides then.
-    """
-    for position, pair in enumerate(zip(first_ids, second_ids)):
-        if pair[0] != pair[1]:
-            return first_ids[:position], pair
-    raise StageError(f"the judge's labels {first_ids} and {second_ids} (token ids) do not differ at any position")

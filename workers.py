@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,6 +35,7 @@ class PoolConfig:
     """The worker processes of a stage.
 
     Args:
+        engine: local, worker processes of this machine; ray, actors on a Ray cluster (ray_workers.py)
         gpus: auto, none, or physical GPU numbers (0,2,3)
         gpus_per_worker: GPUs that share one copy of the model (tensor parallel)
         cpu_workers: engines without GPUs
@@ -43,6 +45,7 @@ class PoolConfig:
         stall_timeout: seconds without a finished chunk after which a worker counts as dead; 0: never
     """
 
+    engine: str = "local"
     gpus: str = "auto"
     gpus_per_worker: int = 1
     cpu_workers: int = 1
@@ -57,7 +60,10 @@ class PoolConfig:
             raise StageError(f"--chunk_size should be at least 1, got {self.chunk_size}")
         if not 0 <= self.stall_timeout < float("inf"):
             raise StageError(f"--stall_timeout should be a number of seconds, 0 or more, got {self.stall_timeout}")
-        self.environments()
+        if self.engine not in ("local", "ray"):
+            raise StageError(f"--engine should be local or ray, got {self.engine}")
+        if self.engine == "local":
+            self.environments()
 
     def environments(self):
         """One dictionary of environment variables a worker. Raises StageError for GPUs that are not there."""
@@ -161,12 +167,12 @@ class _Worker:
         self.numbers = itertools.count()
 
     def takes(self, chunk):
-        """Whether it should get this _Chunk now: one that a worker was lost over goes alone."""
+        """Whether it should get this Chunk now: one that a worker was lost over goes alone."""
         return self.ready and (not self.chunks or len(self.chunks) < IN_FLIGHT and
                                not any(other.losses for other in (chunk, *self.chunks.values())))
 
     def hand(self, chunk):
-        """Give it a _Chunk to work on."""
+        """Give it a Chunk to work on."""
         number, self.since = next(self.numbers), time.monotonic()
         self.chunks[number] = chunk
         with contextlib.suppress(BrokenPipeError):  # it has died; noticed when it is asked
@@ -201,7 +207,7 @@ class _Worker:
 # ---------------------------------------------------------------------------------------------- all workers
 
 @dataclass
-class _Chunk:
+class Chunk:
     tasks: list
     losses: int = 0  # workers that were lost over it
 
@@ -221,7 +227,7 @@ def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
     StageError or returns a result. A StageError inside a worker, and a worker that never gets ready in MAX_STARTS starts,
     end everything.
     """
-    chunks, redo, starts = map(_Chunk, chunks), [], [1] * len(environments)
+    chunks, redo, starts = map(Chunk, chunks), [], [1] * len(environments)
     chunk = next(chunks, None)
     workers = [_Worker(n, make_work, environment) for n, environment in enumerate(environments)] if chunk else []
     try:
@@ -255,7 +261,7 @@ def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
                     log.warning("%s; another starts in its place", reason)
                     workers[number] = _Worker(number, make_work, environments[number])
                     for lost in worker.chunks.values():
-                        retried, culprit = _retry(lost)
+                        retried, culprit = retry(lost)
                         redo += retried
                         if culprit:
                             yield culprit, [give_up(culprit[0], reason)]
@@ -264,14 +270,14 @@ def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
             worker.stop(wait=10 if worker.ready and not worker.chunks else 0)
 
 
-def _retry(lost):
+def retry(lost):
     """(chunks to try instead of a lost one, the single task to give up as a list or None)."""
     if not lost.losses:
-        return [_Chunk(lost.tasks, 1)], None
+        return [Chunk(lost.tasks, 1)], None
     if len(lost.tasks) == 1:
         return [], lost.tasks
     middle = len(lost.tasks) // 2
-    return [_Chunk(lost.tasks[:middle], 1), _Chunk(lost.tasks[middle:], 1)], None
+    return [Chunk(lost.tasks[:middle], 1), Chunk(lost.tasks[middle:], 1)], None
 
 
 # ---------------------------------------------------------------------------------------------- finished records
@@ -369,18 +375,13 @@ def map_files(jobs, make_work, pool, description):
     """
     ids, journals = [], []
     for records, _, _ in jobs:
-        digest, job_ids = hashlib.sha256(), []
-        for record in records():
-            job_ids.append(record["prompt_id"])
-            digest.update(dump_json(record).encode())
-        ids.append((job_ids, digest.hexdigest()[:16]))
+        job_ids = []
+        ids.append((job_ids, digest_of(records(), job_ids)))
     for (_, path, made_with), (_, digest) in zip(jobs, ids):
         journals.append(Journal(path, made_with | {"contents of --input": digest}))
     tasks = ((number, record) for number, (records, _, _) in enumerate(jobs) for record in records()
              if record["prompt_id"] not in journals[number].offsets)
     finished, total = sum(len(journal.offsets) for journal in journals), sum(len(job_ids) for job_ids, _ in ids)
-    environments = pool.environments()
-    chunks = _chunks(tasks, total - finished, pool.chunk_size, len(environments))
     if finished:
         log.info("going on after %d finished records", finished)
 
@@ -392,11 +393,19 @@ def map_files(jobs, make_work, pool, description):
         log.warning("prompt_id %s is left out: %s", prompt_id, reason)
         return {"prompt_id": prompt_id, "skipped": f"it ends every worker: {reason.splitlines()[-1]}"}
 
-    gpus = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments]
-    log.info("%d worker%s on %s", len(gpus), "s" * (len(gpus) > 1), f"GPUs {' '.join(gpus)}" if any(gpus) else "CPU")
+    chunks = partial(_chunks, tasks, total - finished, pool.chunk_size)
+    if pool.engine == "ray":
+        import ray_workers
+        count = ray_workers.connect(pool)
+        found = ray_workers.map_chunks(make_work, chunks(count), count, pool, give_up)
+    else:
+        environments = pool.environments()
+        gpus = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments]
+        log.info("%d worker%s on %s", len(gpus), "s" * (len(gpus) > 1), f"GPUs {' '.join(gpus)}" if any(gpus) else "CPU")
+        found = map_chunks(make_work, chunks(len(environments)), environments, give_up, pool.stall_timeout)
     with tqdm(total=total, initial=finished, desc=description, unit="record",
               smoothing=0.1, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        for done, results in map_chunks(make_work, chunks, environments, give_up, pool.stall_timeout):
+        for done, results in found:
             for number, journal in enumerate(journals):
                 journal.append([result for task, result in zip(done, results, strict=True) if task[0] == number])
             bar.update(len(done))
@@ -404,6 +413,22 @@ def map_files(jobs, make_work, pool, description):
         _write_output(journal, job_ids)
     for journal in journals:  # only when all outputs are in place
         journal.remove()
+
+
+def digest_of(records, ids=None):
+    """16 digits that tell these records from others; their prompt_ids are added to the list `ids`."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(dump_json(record).encode())
+        if ids is not None:
+            ids.append(record["prompt_id"])
+    return digest.hexdigest()[:16]
+
+
+def listing_of(path):
+    """The list of an output's skipped records."""
+    path = Path(path)
+    return path.with_name(path.name.removesuffix(".jsonl") + ".skipped.jsonl")
 
 
 def _chunks(tasks, left, size, num_workers):
@@ -418,7 +443,7 @@ def _chunks(tasks, left, size, num_workers):
 def _write_output(journal, ids):
     """The output and the list of skipped records, from the journal, in input order."""
     path = journal.output
-    listing = path.with_name(path.name.removesuffix(".jsonl") + ".skipped.jsonl")
+    listing = listing_of(path)
     listing.unlink(missing_ok=True)
     lines = [line for line in journal.lines(ids) if b'"skipped"' in line]
     skipped = [record for record in map(json.loads, lines) if "skipped" in record]

@@ -1,4 +1,4 @@
-"""Judging K responses a prompt, all against all in both orders: vllm_model.Judge against the plain way, same engine.
+"""Judging K responses a prompt, all against all in both orders: judges.GenerativeJudge against the plain way, same engine.
 
     python benchmarks/judging.py --prompts FILE [--judge exps/demo-models/judge] [--count 16] [--num_samples 5]
     python benchmarks/judging.py --prompts FILE --hidden 512 --layers 8     a larger judge with random weights: time only
@@ -20,8 +20,8 @@ import fire
 
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
-import vllm_model
-from vllm_model import Judge, JudgeConfig
+import judges
+from judges import GenerativeJudge, JudgeConfig
 
 LABELS = "Output (a)", "Output (b)"
 
@@ -37,12 +37,12 @@ def make_records(prompts, count, num_samples, longest=600):
 def run(queue, way, config, records):
     """In a process of its own: (seconds, {(prompt, first, second): P(first)}, prompt tokens, uncached ones, decoded ones)."""
     from vllm import SamplingParams
-    vllm_model.MIN_LABEL_MASS = 0  # of random weights
+    judges.MIN_LABEL_MASS = 0  # of random weights
     if way == "plain":
         import vllm
         make = vllm.LLM
         vllm.LLM = lambda **settings: make(**settings | {"enable_prefix_caching": False})
-    judge = Judge(config)
+    judge = GenerativeJudge(config)
     counts, step = [0, 0, 0], judge.engine.step
     prompts = []
 

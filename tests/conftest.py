@@ -39,6 +39,8 @@ class ChunkWork:
 class LengthJudge(ChunkWork):
     """Stands in for the judge, also in worker processes: prefers the longer response with probability 3/4."""
 
+    settings = ()
+
     def __init__(self, config):
         pass
 
@@ -48,7 +50,7 @@ class LengthJudge(ChunkWork):
 
     @staticmethod
     def compare(texts):
-        from vllm_model import win_matrix
+        from judges import win_matrix
         return win_matrix(texts, {(first, second): (0.75 if len(first) > len(second) else 0.25, 1.0)
                                   for first in texts for second in texts if first != second})
 
@@ -93,7 +95,7 @@ def demo_models(tmp_path_factory, worker_id):
 def model_dirs(tmp_path_factory):
     """{"policy": a ChatML tokenizer, "judge": one in Llama 3's style}, as directories with a model's config."""
     from game import write_models
-    from vllm_model import read_template
+    from judges import read_template
     directory = tmp_path_factory.mktemp("models")
     write_models(directory, read_template(ROOT / "prompts" / "offsetbias.txt"))
     return {name: str(directory / f"{name}-config") for name in ("policy", "judge")}

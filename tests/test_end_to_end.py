@@ -234,7 +234,7 @@ def test_scoring_reads_the_judge_exactly(finished, models):
     """The engine's label probabilities equal those of a plain forward pass, in both orders."""
     from data_utils import encode_prompt, encode_text, load_tokenizer
     from train_utils import load_model
-    from vllm_model import fill_template, read_template, split_labels
+    from judges import fill_template, read_template, split_labels
     exp, _ = finished
     judge = str(models / "judge")
     tokenizer, model = load_tokenizer(judge), load_model(judge).eval()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import eval
+import judges
 import game
 from conftest import LengthJudge
 from eval import join_responses, play, short_names, summarise
@@ -113,7 +114,7 @@ def test_join_responses_refuses(jsonl, records, message):
 
 
 def compare(some_model, tmp_path, monkeypatch, ours, theirs, output):
-    monkeypatch.setattr(eval, "Judge", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     eval.compare(str(ours), str(theirs), str(output), judge=some_model, template=str(tmp_path / "t.txt"), gpus="none")
 
@@ -166,7 +167,7 @@ def test_play_by_hand():
 
 
 def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.setattr(eval, "Judge", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     files = [str(jsonl(f"{name}.jsonl", *(response(p, p * length, prompt) for p, prompt in (("p", "x"), ("q", prompt)))))
              for name, length, prompt in (("short", 1, "y"), ("middle", 2, "y"), ("long", 3, "y"))]

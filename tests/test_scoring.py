@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+import judges
 import scoring
 from conftest import LengthJudge
 from utils import StageError, read_jsonl
@@ -25,7 +26,7 @@ def template(tmp_path):
 
 
 def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path, template, monkeypatch):
-    monkeypatch.setattr(scoring, "Judge", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
     train = [samples("a", "yes", "no", "yes"), samples("b", "no", "no", "no"), samples("c", "x", "y", "z", prompt="skip")]
     test = [samples("a", "one", "three")]
     inputs = [jsonl("train.jsonl", *train), jsonl("test.jsonl", *test)]
@@ -41,7 +42,7 @@ def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path,
 
 
 def test_main_compares_policies_with_the_same_start_of_the_judge(some_model, jsonl, tmp_path, template, monkeypatch):
-    monkeypatch.setattr(scoring, "Judge", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
     files = {name: str(jsonl(f"{name}.jsonl", samples("a", text), samples("b", "x"))) for name, text in
              (("new", "yes"), ("start", "no"))}
     train = str(jsonl("train.jsonl", samples("a", "yes", "no")))

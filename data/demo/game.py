@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nash import duality_gap  # noqa: E402
 from utils import StageError, jsonl_writer, run, write_text  # noqa: E402
-from vllm_model import fill_template, read_template  # noqa: E402
+from judges import fill_template, read_template  # noqa: E402
 
 NAMES = ("mountains", "sea", "city")
 ANSWERS = (

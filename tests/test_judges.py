@@ -1,6 +1,6 @@
-"""vllm_model.py without an engine: templates, labels, settings, and what the judge makes of its answers.
+"""judges.py without an engine: templates, labels, settings, and what the judges make of their answers.
 
-    python -m pytest tests/test_vllm_model.py
+    python -m pytest tests/test_judges.py
 """
 
 import math
@@ -12,7 +12,8 @@ import pytest
 
 from data_utils import encode_prompt
 from utils import StageError
-from vllm_model import EngineWork, Judge, JudgeConfig, fill_template, read_template, split_labels, win_matrix
+from judges import GenerativeJudge, JudgeConfig, fill_template, read_template, split_labels, win_matrix
+from vllm_model import EngineWork
 
 # ---- Win probabilities ----
 
@@ -91,7 +92,7 @@ def test_split_labels_refuses_labels_that_no_position_decides(first, second):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"judge_type": "bradley-terry"}, "--judge_type should be one of offsetbias-lm, got bradley-terry"),
+    ({"judge_type": "bradley-terry"}, "--judge_type should be one of offsetbias-lm, bt-mixture, openai, got bradley-terry"),
     ({"labels": "yes"}, "--labels should be two different answers"),
     ({"labels": "yes,no,maybe"}, "--labels should be two different answers"),
     ({"labels": "yes,"}, "--labels should be two different answers"),
@@ -132,7 +133,7 @@ class FakeEngine:
 def judge(tokenizers, monkeypatch):
     """A judge whose two deciding tokens are 7 and 8, after the label's beginning [5, 6]."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
-    judge = object.__new__(Judge)  # __init__ would load a model
+    judge = object.__new__(GenerativeJudge)  # __init__ would load a model
     EngineWork.__init__(judge)
     judge.tokenizer, judge.template, judge.max_prompt_tokens = tokenizers["judge"], "{input}|{output_1}|{output_2}", 200
     judge.label_prefix, judge.label_ids = [5, 6], (7, 8)
