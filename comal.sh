@@ -27,7 +27,10 @@ FROM=${FROM:-}               # exps/OTHER/iterN: a fork, which begins behind tha
 MODEL=${MODEL:-yale-nlp/comal-qwen2-1.5b-mle}           # the start policy
 TOKENIZER=${TOKENIZER-Qwen/Qwen2-1.5B}                  # empty: the policy's own
 JUDGE=${JUDGE:-NCSOFT/Llama-3-OffsetBias-8B}
+JUDGE_TYPE=${JUDGE_TYPE:-offsetbias-lm}                 # offsetbias-lm, bt-mixture (reward models), openai (a server)
+JUDGE_WEIGHTS=${JUDGE_WEIGHTS:-}                        # of a panel, JUDGE=a,b; JUDGE_TYPE and TEMPLATE: one, or one each
 TEMPLATE=${TEMPLATE:-prompts/offsetbias.txt}            # the judge's prompt
+API_BASE=${API_BASE:-}                                  # of an openai judge; the key is OPENAI_API_KEY in the environment
 
 # Prompts: made by data_processing.py and eval.py when missing
 PROMPTS_DIR=${PROMPTS_DIR:-data/prompts}                # train_<i>.jsonl, train.jsonl, test.jsonl
@@ -67,7 +70,12 @@ EVAL_EVERY=${EVAL_EVERY:-1}                             # iterations; all since 
 EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-0.7}
 KL_FROM_START=${KL_FROM_START:-true}                    # also at each round's end where the start is not the reference
 
-# Machine
+# Machines. On several, start comal.sh on each, with its NODE_RANK, in the same folder of a shared file system (launch/slurm.sh)
+NODES=${NODES:-${SLURM_STEP_NUM_NODES:-1}}
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}              # 0 runs the loop, the others join in log-probabilities and training
+MASTER_ADDR=${MASTER_ADDR:-}                            # of node 0
+MASTER_PORT=${MASTER_PORT:-29500}
+ENGINE=${ENGINE:-local}                                 # engines of sampling and judging: local, or ray: on a Ray cluster
 GPUS=${GPUS:-auto}                                      # auto, none, or physical numbers: 0,2,3
 GPUS_PER_WORKER=${GPUS_PER_WORKER:-1}                   # GPUs that share one vLLM engine (tensor parallel)
 ON_ERROR=${ON_ERROR:-fail}                              # a record that kills its workers: fail, or skip and list it
@@ -95,7 +103,7 @@ method_settings() {
 }
 
 # The settings that results depend on. exps/NAME/run.json keeps them, and a restart with others is refused.
-PINNED=(METHOD SPLITS SEED MODEL TOKENIZER JUDGE TEMPLATE PROMPTS_DIR EVAL_PROMPTS ETA TAU_ETA_RATIO UPDATE_INTERVAL BETA
+PINNED=(METHOD SPLITS SEED MODEL TOKENIZER JUDGE JUDGE_TYPE JUDGE_WEIGHTS TEMPLATE PROMPTS_DIR EVAL_PROMPTS ETA TAU_ETA_RATIO UPDATE_INTERVAL BETA
   PAIR_RULE SOFT_LABELS NUM_SAMPLES TEMPERATURE TOP_P MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS LEARNING_RATE
   WARMUP_RATIO NUM_EPOCHS GLOBAL_BATCH_SIZE MAX_LENGTH MAX_GRAD_NORM SELECT EVAL_TEMPERATURE FROM)
 
@@ -109,12 +117,14 @@ check_values() {  # everything that can be known to be wrong before hours of wor
   one_of KL_FROM_START true false
   one_of ON_ERROR fail skip
   one_of KEEP_CKPTS all rounds last
+  one_of ENGINE local ray
   whole 1 ROUNDS SPLITS MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS NUM_EPOCHS GLOBAL_BATCH_SIZE \
-    MAX_LENGTH EVAL_EVERY GPUS_PER_WORKER
+    MAX_LENGTH EVAL_EVERY GPUS_PER_WORKER NODES MASTER_PORT
   whole 2 NUM_SAMPLES
-  whole 0 SEED MICRO_BATCH_TOKENS STALL_TIMEOUT SAVE_STEPS ${UPDATE_INTERVAL:+UPDATE_INTERVAL}
+  whole 0 NODE_RANK SEED MICRO_BATCH_TOKENS STALL_TIMEOUT SAVE_STEPS ${UPDATE_INTERVAL:+UPDATE_INTERVAL}
   number TAU_ETA_RATIO BETA TEMPERATURE TOP_P LEARNING_RATE WARMUP_RATIO MAX_GRAD_NORM EVAL_TEMPERATURE
   [[ -z $ETA || ,$ETA =~ ^(,$number)+$ ]] || die "ETA=$ETA should be a number, or one a round, comma-separated"
+  ((NODE_RANK < NODES)) || die "NODE_RANK=$NODE_RANK should be less than NODES=$NODES"
   positive LEARNING_RATE BETA TOP_P
   at_most_one TOP_P WARMUP_RATIO
   local value
@@ -150,10 +160,14 @@ at_most_one() {
 }
 
 check_files() {  # the models' names and the prompts, once `prepare` has made what it makes
-  local name file
-  files=("$PROMPTS_DIR/test.jsonl" "$EVAL_PROMPTS" "$TEMPLATE")
-  for name in MODEL JUDGE; do
-    [[ -e ${!name} || ${!name} =~ ^[^./][^/]*/[^/]+$ ]] || die "$name=${!name}: no such directory, and no Hub id (owner/name)"
+  local name names file
+  files=("$PROMPTS_DIR/test.jsonl" "$EVAL_PROMPTS")
+  IFS=, read -ra names <<<"$TEMPLATE"
+  files+=("${names[@]}")
+  IFS=, read -ra names <<<"$JUDGE"
+  if [[ $JUDGE_TYPE == *openai* ]]; then names=(); fi  # names on a server; scoring.py checks the others
+  for name in "$MODEL" "${names[@]}"; do
+    [[ -e $name || $name =~ ^[^./][^/]*/[^/]+$ ]] || die "$name (MODEL or JUDGE): no such directory, and no Hub id (owner/name)"
   done
   if [[ $METHOD == ipo || $METHOD == dpo ]]; then
     files+=("$PROMPTS_DIR/train.jsonl")
@@ -224,12 +238,10 @@ score() {  # the judge compares the K responses with each other; and, with the s
   fi
   stage scoring "$iter"/{train,test}.scores.jsonl "${compared[@]/%.jsonl/.json}" -- \
     "$PYTHON" scoring.py \
-    --judge "$JUDGE" \
-    --template "$TEMPLATE" \
+    "${judge[@]}" \
     --input "$iter/train.samples.jsonl,$iter/test.samples.jsonl" \
     --output "$iter/train.scores.jsonl,$iter/test.scores.jsonl" \
     "${comparisons[@]}" \
-    --max_prompt_tokens "$MAX_JUDGE_TOKENS" \
     "${engines[@]}"
 }
 
@@ -282,7 +294,7 @@ train() {
     --save_steps "$SAVE_STEPS" \
     --report_to "$REPORT_TO" \
     --seed $((SEED * 1000 + i))
-  [[ -n $plan ]] || rm -rf "$iter"/ckpt/{resume,best}-*
+  [[ -n $plan || $NODE_RANK -gt 0 ]] || rm -rf "$iter"/ckpt/{resume,best}-*
 }
 
 start_logprobs() {  # once a round the start policy's log-probabilities of the test pairs, where it is not the reference
@@ -330,14 +342,12 @@ evaluate_last() {  # the last policy, which no further iteration samples from, a
   to_compare "$i"
   stage evaluation "$iter"/eval/vs_{start,previous}.json -- \
     "$PYTHON" eval.py compare \
-    --judge "$JUDGE" \
-    --template "$TEMPLATE" \
+    "${judge[@]}" \
     --responses "$(list "${ours[@]}")" \
     --baseline "$(list "${theirs[@]}")" \
     --output "$(list "${compared[@]}")" \
-    --max_prompt_tokens "$MAX_JUDGE_TOKENS" \
     "${engines[@]}"
-  [[ -n $plan ]] || rm -f "$exp"/iter*/eval/*.partial
+  [[ -n $plan || $NODE_RANK -gt 0 ]] || rm -f "$exp"/iter*/eval/*.partial
 }
 
 matrix() {  # all against all: the start policy and each round's last one
@@ -349,12 +359,10 @@ matrix() {  # all against all: the start policy and each round's last one
   done
   stage matrix "$exp/matrix/iter$i.json" -- \
     "$PYTHON" eval.py matrix \
-    --judge "$JUDGE" \
-    --template "$TEMPLATE" \
+    "${judge[@]}" \
     --responses "$(list "${files[@]}")" \
     --names "$names" \
     --output "$exp/matrix/iter$i.json" \
-    --max_prompt_tokens "$MAX_JUDGE_TOKENS" \
     "${engines[@]}"
 }
 
@@ -376,11 +384,12 @@ main() {
   describe
   if [[ -z $plan ]]; then start_guard; fi
   i=none iter=$exp
-  prepare
+  if ((NODE_RANK == 0)); then prepare; else join_node_0; fi
   if [[ -z $plan ]]; then
     check_files
-    lock_experiment
+    ((NODE_RANK > 0)) || lock_experiment
     check_settings
+    if ((NODES > 1 && NODE_RANK == 0)); then echo "$run_id" >"$exp/.node0"; fi
   fi
   uncompared=$first  # the first iteration that no stage of this run has compared
   for ((i = first; i < iterations; i++)); do
@@ -395,10 +404,12 @@ main() {
     train
     policy=$iter/ckpt
     if ((UPDATE_INTERVAL && (i + 1) % UPDATE_INTERVAL == 0)); then reference=$policy; fi
+    if ((NODE_RANK > 0)); then continue; fi
     if (((i + 1) % SPLITS == 0)) && [[ -z $plan ]]; then ln -sfn "iter$i/ckpt" "$exp/round$(((i + 1) / SPLITS))"; fi
     [[ -n $plan ]] || complete
     if [[ -n $ran ]]; then progress; report; fi
   done
+  if ((NODE_RANK > 0)); then echo "node $NODE_RANK has no more to do"; return; fi
   i=$((iterations - 1)) ran=
   evaluate_last
   matrix
@@ -491,9 +502,11 @@ stage() {
     echo
     return
   fi
-  check_disk
+  if ((NODE_RANK > 0)) && [[ "$*" != "${launch[*]} "* ]]; then wait_for_node_0 "${outputs[@]}"; return; fi
+  ((NODE_RANK > 0)) || check_disk
   kill -0 "$guard" 2>/dev/null || start_guard
   local log=$iter/logs/$name.log start=$SECONDS code=0
+  ((NODE_RANK == 0)) || log=$iter/logs/$name.node$NODE_RANK.log
   ran=yes
   mkdir -p "$iter/logs"
   echo "=== $(where "$name")  ($(duration "$SECONDS") so far; log: $log)"
@@ -505,6 +518,7 @@ stage() {
   ((code == 0)) || sweep
   ((code == 0)) || die "$(where "$name") failed with exit code $code; its output is in $log.
 Nothing after it was run. Once the cause is mended, the same command goes on here; where it is a setting, take another NAME."
+  if ((NODE_RANK > 0)); then wait_for_node_0 "${outputs[@]}"; return; fi
   local output
   for output in "${outputs[@]}"; do
     [[ -e $output ]] || die "$(where "$name") ended without an error but did not write $output; see $log"
@@ -514,9 +528,28 @@ Nothing after it was run. Once the cause is mended, the same command goes on her
   echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - start)), \"ended\": \"$(date -u +%FT%TZ)\"}" >>"$iter/logs/times.jsonl"
 }
 
+join_node_0() {  # on the other nodes: once node 0 has prepared everything
+  [[ -z $plan ]] || return 0
+  echo "=== node $NODE_RANK waits for node 0 to begin (both need to share $PWD/$exp)"
+  until [[ -e $exp/.node0 ]]; do sleep 1; done
+}
+
+wait_for_node_0() {  # FILE...: until node 0 has written them
+  local file told=
+  for file in "$@"; do
+    until [[ -e $file ]]; do
+      [[ -n $told ]] || echo "=== node $NODE_RANK waits for $file of node 0"
+      told=yes
+      # Once more: it may have ended just after it wrote the file.
+      [[ -e $exp/.node0 || -e $file ]] || { sleep 5; [[ -e $file ]] || die "node 0 has stopped, or does not share this file system: $file is missing"; }
+      sleep 1
+    done
+  done
+}
+
 clean() {  # OUTPUT...: a stage killed between its last rename and its end leaves the records that it kept
   local output
-  [[ -n $plan ]] || for output in "$@"; do rm -f "$output.partial" "$output".*.partial; done
+  [[ -n $plan || $NODE_RANK -gt 0 ]] || for output in "$@"; do rm -f "$output.partial" "$output".*.partial; done
 }
 
 # Descriptors: 7 the guard's pipe, 8 the experiment's lock, 9 the lock for building. No stage inherits them.
@@ -537,7 +570,8 @@ sweep() {  # kill what carries this run's mark, whatever session it is in, until
 }
 
 start_guard() {  # it sees the end of its pipe when comal.sh has ended in whatever way, SIGKILL included
-  exec 7> >(exec setsid bash -c "$(declare -f sweep); cat; run_id=$run_id; sweep" >/dev/null 2>&1 8>&- 9>&-)
+  exec 7> >(exec setsid bash -c "$(declare -f sweep); cat; run_id=$run_id; sweep
+    if grep -qsx $run_id '$exp/.node0'; then rm '$exp/.node0'; fi" >/dev/null 2>&1 8>&- 9>&-)
   guard=$!
 }
 
@@ -607,7 +641,9 @@ trap 'stop SIGHUP 129' HUP
 trap 'echo "comal.sh: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
 find_gpus() {
-  engines=(--gpus "$GPUS" --gpus_per_worker "$GPUS_PER_WORKER" --on_error "$ON_ERROR" --stall_timeout "$STALL_TIMEOUT")
+  judge=(--judge "$JUDGE" --judge_type "$JUDGE_TYPE" --judge_weights "$JUDGE_WEIGHTS" --template "$TEMPLATE"
+    --api_base "$API_BASE" --max_prompt_tokens "$MAX_JUDGE_TOKENS")
+  engines=(--engine "$ENGINE" --gpus "$GPUS" --gpus_per_worker "$GPUS_PER_WORKER" --on_error "$ON_ERROR" --stall_timeout "$STALL_TIMEOUT")
   if [[ $GPUS != auto && $GPUS != none && -z $plan ]]; then
     local gpu listed
     listed=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd' ') || true
@@ -616,16 +652,24 @@ find_gpus() {
     done
   fi
   launch=("$PYTHON")
+  local several=()
+  if ((NODES > 1)); then
+    [[ -n $MASTER_ADDR || -z ${SLURM_STEP_NODELIST-} ]] || MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+    [[ -n $MASTER_ADDR ]] || die "NODES=$NODES, but MASTER_ADDR, the address of node 0, is not set"
+    several=(--num_machines "$NODES" --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+  fi
   if ! gpus_present; then
     [[ $RECIPE == demo || -n $plan || $GPUS == none ]] ||
       die "RECIPE=full, but no usable GPU was found; GPUS=none runs it on the CPU all the same, with a small MODEL and JUDGE"
+    ((NODES == 1)) || launch=(env ACCELERATE_USE_CPU=true "$PYTHON" -m accelerate.commands.launch --config_file fsdp_config.yaml
+      --mixed_precision no --num_processes "$NODES" "${several[@]}")
     return
   fi
   local numbers=$GPUS
   [[ $numbers != auto ]] || numbers=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
   IFS=, read -ra gpu_list <<<"$numbers"
   launch=(env "CUDA_VISIBLE_DEVICES=$numbers" "$PYTHON" -m accelerate.commands.launch --config_file fsdp_config.yaml
-    --num_processes "${#gpu_list[@]}")
+    --num_processes $((NODES * ${#gpu_list[@]})) "${several[@]}")
 }
 
 describe() {
@@ -645,7 +689,7 @@ check_settings() {  # write run.json, or compare with the one that is there once
   packages=$("$PYTHON" -c 'from importlib.metadata import distributions
 for found in distributions(): print(found.metadata["Name"], found.version)')
   for name in torch transformers vllm accelerate; do versions+=("  \"$name\": \"$(package "$name")\","); done
-  if [[ -e $file ]] && { compgen -G "$exp/iter*/*.samples.jsonl" || compgen -G "$exp/iter*/*.samples.jsonl.partial"; } >/dev/null; then
+  if [[ -e $file ]] && { ((NODE_RANK > 0)) || compgen -G "$exp/iter*/*.samples.jsonl" || compgen -G "$exp/iter*/*.samples.jsonl.partial"; } >/dev/null; then
     changed=$(differences "$(IFS='|'; echo "${PINNED[*]}")|sha256 [^\"]*" "${lines[@]}")
     [[ -z $changed ]] || die "$exp was begun with other settings or files (<: now, >: $file):
 $changed
@@ -655,7 +699,7 @@ or fork: FROM=$exp/iterN NAME=another bash comal.sh"
     [[ -z $changed ]] || echo "comal.sh: WARNING: $exp was begun with other code or packages (<: now, >: $file), and
 goes on with these:
 $changed" >&2
-    if ! grep -qx "  \"ROUNDS\": \"$ROUNDS\"," "$file"; then  # more rounds may follow
+    if ((NODE_RANK == 0)) && ! grep -qx "  \"ROUNDS\": \"$ROUNDS\"," "$file"; then  # more rounds may follow
       sed "s/^  \"ROUNDS\": .*/  \"ROUNDS\": \"$ROUNDS\",/" "$file" >"$file.tmp"
       mv "$file.tmp" "$file"
     fi

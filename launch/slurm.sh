@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The loop on N nodes of a SLURM cluster, from the project's folder on a file system that all nodes share:
+#
+#   sbatch --nodes=4 launch/slurm.sh
+#   ROUNDS=3 NAME=small sbatch --nodes=1 launch/slurm.sh      settings as for comal.sh
+#
+# comal.sh runs on every node: on the first one the loop, on all of them log-probabilities and training. With Ray in .venv
+# (pip install ray) sampling and judging use the GPUs of all nodes too, otherwise those of the first.
+# Submitted again, also after a time limit, it goes on where it stopped. What it prints: exps/slurm-JOB.out.
+# On nodes without GPUs: sbatch --gpus-per-node=0, with GPUS=none.
+#SBATCH --job-name=comal
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=2-00:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+#SBATCH --output=exps/slurm-%j.out
+set -Eeuo pipefail
+cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
+
+source ./setup.sh || exit 1  # once, before all nodes use it
+export PYTHON
+export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+
+if ((SLURM_JOB_NUM_NODES > 1)) && "$PYTHON" -c "import ray" 2>/dev/null; then
+  port=${RAY_PORT:-6379}
+  ray=("$PYTHON" -m ray.scripts.scripts start --block --disable-usage-stats)
+  srun --overlap --nodes=1 --ntasks=1 --nodelist="$MASTER_ADDR" "${ray[@]}" --head --port "$port" >"exps/ray-$SLURM_JOB_ID.log" 2>&1 &
+  sleep 15
+  srun --overlap --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks-per-node=1 --exclude="$MASTER_ADDR" \
+    "${ray[@]}" --address "$MASTER_ADDR:$port" >>"exps/ray-$SLURM_JOB_ID.log" 2>&1 &
+  sleep 15
+  export ENGINE=ray RAY_ADDRESS=$MASTER_ADDR:$port
+fi
+
+# One node that fails ends the others; without that they would wait for it.
+srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash comal.sh
