@@ -1,5 +1,6 @@
 """What the benchmarks share: prompts with real lengths, models of a given shape, peak memory, the results file."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -105,6 +106,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before counts as free
             self.before = self.peak = resident_bytes()
             self.running = True
             self.thread = threading.Thread(target=self.watch)

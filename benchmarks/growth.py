@@ -4,7 +4,8 @@
 
 Each stage's own command is run on files of three sizes, a factor of 10 or more apart, with a random policy of 4 layers of 256
 and the demo's judge. The time of its start, that of a run on four prompts, is subtracted; the exponent is the slope of the
-logarithms. Memory is the peak of the stage's largest process.
+logarithms, where the time above the start grows at all. Memory is the peak of the stage's largest process; an engine's rises
+until its KV cache, 1 GiB at most on a CPU, has been used once.
 
 Goals: time linear in the prompts; memory of every stage independent of their number; judging quadratic in K, as all pairs
 are compared; sampling, log-probabilities and training linear in the response length while the attention's share is small.
@@ -28,8 +29,8 @@ from utils import read_jsonl
 
 SWEEPS = {  # (prompts, K, max_new_tokens) of three sizes; the smallest of all tells the start
     "prompts": [(100, 4, 64), (316, 4, 64), (1000, 4, 64)],
-    "samples": [(30, 2, 64), (30, 6, 64), (30, 20, 64)],
-    "length": [(60, 4, 20), (60, 4, 80), (60, 4, 400)],
+    "samples": [(100, 2, 64), (100, 6, 64), (100, 20, 64)],
+    "length": [(150, 4, 20), (150, 4, 80), (150, 4, 400)],
 }
 START = (4, 2, 8)
 
@@ -93,12 +94,12 @@ def main(prompts, sweep="", policy="exps/demo-models/policy", judge="exps/demo-m
             for stage, (beginning, _) in start.items():
                 seconds = [one[stage][0] for one, _ in found]
                 own = np.array(seconds) - beginning  # only where the work shows beside the start
-                exponent = np.polyfit(np.log(values), np.log(own), 1)[0] if own.min() > 0.3 else np.nan
+                exponent = np.polyfit(np.log(values), np.log(own), 1)[0] if own.min() > 0.3 and sorted(own) == list(own) else np.nan
                 lines.append(f"| {stage} | {beginning:.1f} s | {' | '.join(f'{value:.1f} s' for value in seconds)} | "
                              f"{'-' if np.isnan(exponent) else f'{exponent:.2f}'} | "
                              f"{', '.join(f'{one[stage][1]:.0f}' for one, _ in found)} |")
-            described = {"prompts": "prompts (K = 4, at most 64 tokens)", "samples": "K (30 prompts, at most 64 tokens)",
-                         "length": "mean tokens of a response (60 prompts, K = 4)"}[name]
+            described = {"prompts": "prompts (K = 4, at most 64 tokens)", "samples": "K (100 prompts, at most 64 tokens)",
+                         "length": "mean tokens of a response (150 prompts, K = 4)"}[name]
             record(f"Growth with {described}", lines, packages=("torch", "transformers", "vllm"))
 
 

@@ -1,6 +1,7 @@
 """The loop's own share: seconds until its first stage, model loads and seconds an iteration, with the demo's models.
 
     python benchmarks/loop.py [--iterations 3]
+    ray start --head; python benchmarks/loop.py --engine ray        the same on a Ray cluster, to see what that costs
 
 A load is a start of vLLM's engine or a model that PyTorch reads, as the stages' logs tell. The start of a stage, from its
 command to its first record, is what the loop pays for each of them, whatever the model's size; reading its weights comes on
@@ -22,11 +23,11 @@ import fire
 from common import ROOT, record
 
 
-def main(iterations=3, name="benchmark-loop"):
+def main(iterations=3, engine="local", name="benchmark-loop"):
     """Measure and append to RESULTS.md. exps/demo-models is made first where it is missing."""
     exp, settings = ROOT / "exps" / name, {
         "PYTHON": sys.executable, "RECIPE": "demo", "NAME": name, "ROUNDS": "1", "SPLITS": str(iterations), "EVAL_EVERY": "1",
-        "UPDATE_INTERVAL": "0"}
+        "UPDATE_INTERVAL": "0", "ENGINE": engine}
     subprocess.run(["bash", "data/demo/build.sh", "exps/demo-models"], cwd=ROOT, check=True,
                    env=os.environ | {"PYTHON": sys.executable}, stdout=subprocess.DEVNULL)
     shutil.rmtree(exp, ignore_errors=True)
@@ -43,7 +44,7 @@ def main(iterations=3, name="benchmark-loop"):
     for number in range(iterations):
         logs = exp / f"iter{number}/logs"
         times = {entry["stage"]: entry["seconds"] for entry in map(json.loads, open(logs / "times.jsonl"))}
-        loads = {path.stem: len(re.findall(r" \d+ workers? on | loading ", path.read_text())) for path in logs.glob("*.log")}
+        loads = {path.stem: len(re.findall(r" \d+ (?:workers?|actors?) on | loading ", path.read_text())) for path in logs.glob("*.log")}
         after = [stage for stage in ("responses", "evaluation", "matrix") if stage in times]
         own = {stage: seconds for stage, seconds in times.items() if stage not in after}
         lines.append(f"| {number} | {sum(own.values())} | {sum(loads.get(stage, 0) for stage in own)} | "
@@ -51,7 +52,7 @@ def main(iterations=3, name="benchmark-loop"):
         if after:
             lines.append(f"| after the last | {sum(times[stage] for stage in after)} | {sum(loads.get(s, 0) for s in after)} | "
                          f"{', '.join(f'{stage} {times[stage]}' for stage in after)} |")
-    record("The loop", [f"First stage after {first:.2f} s.", "", *lines], packages=("torch", "transformers", "vllm"))
+    record(f"The loop, engine {engine}", [f"First stage after {first:.2f} s.", "", *lines], packages=("torch", "transformers", "vllm"))
     shutil.rmtree(exp)
 
 

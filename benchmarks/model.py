@@ -23,7 +23,9 @@ import torch
 
 from common import PeakMemory, forward_flops, make_model, make_pairs, matrix_rate, record, seconds
 
+import logps
 from logps import install_head, response_logps
+from train_utils import micro_batches
 
 
 def plain_logps(model, pairs, device):
@@ -54,13 +56,14 @@ def batches(pairs, size):
     return [pairs[i:i + size] for i in range(0, len(pairs), size)]
 
 
-def compare_logps(model, pairs, device, context, repeats):
+def compare_logps(model, pairs, device, context, repeats, tokens):
     """(seconds, extra MiB) of the plain way and of ours, largest difference in nats."""
-    def run(way, size, order):
+    def run(way, micro_batches):
         with torch.no_grad(), context():
-            return torch.cat([way(model, batch, device).reshape(2, -1) for batch in batches(order, size)], dim=1)
-    ours_in_order = sorted(pairs, key=lambda pair: -sum(map(len, pair)))
-    ways = {"plain": (plain_logps, 4, pairs), "ours": (our_logps, 1, ours_in_order)}
+            return torch.cat([way(model, batch, device).reshape(2, -1) for batch in micro_batches], dim=1)
+    order = micro_batches(range(len(pairs)), [sum(map(len, pair)) for pair in pairs], tokens)
+    ours_in_order = [pairs[i] for batch in order for i in batch]
+    ways = {"plain": (plain_logps, batches(pairs, 4)), "ours": (our_logps, [[pairs[i] for i in batch] for batch in order])}
     found = {name: run(*way) for name, way in ways.items()}
     place = [ours_in_order.index(pair) for pair in pairs]
     difference = (found["plain"] - found["ours"][:, place]).abs().max().item()
@@ -68,7 +71,7 @@ def compare_logps(model, pairs, device, context, repeats):
         "difference": difference}
 
 
-def compare_training(model, pairs, device, context, repeats):
+def compare_training(model, pairs, device, context, repeats, tokens):
     """The same of training steps of one pair each, with the largest relative difference of a gradient.
 
     The optimiser's state is there before; the gradients count as extra memory."""
@@ -117,8 +120,15 @@ def measure(ways, device, repeats):
 
 
 def main(prompts, shape="44M", precision="bf16", count=24, repeats=3, seed=0, longest=1024, sequence=0,
-         gradient_checkpointing=False):
-    """Measure and append to RESULTS.md."""
+         gradient_checkpointing=False, micro_batch_tokens=0, rows=512, tile=4096):
+    """Measure and append to RESULTS.md.
+
+    Args:
+        micro_batch_tokens: of our log-probabilities, as the stage's flag
+        rows: positions of a block at the output layer
+        tile: vocabulary entries of a block
+    """
+    logps.ROWS, logps.TILE = rows, tile
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     context = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
@@ -140,7 +150,7 @@ def main(prompts, shape="44M", precision="bf16", count=24, repeats=3, seed=0, lo
     for name, compare, passes, unit in jobs:
         if passes == 3:
             model.train()
-        found = compare(model, pairs, device, context, repeats)
+        found = compare(model, pairs, device, context, repeats, micro_batch_tokens)
         (plain, plain_mib), (ours, our_mib) = found["plain"], found["ours"]
         lines.append(f"| {name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
                      f"1/{plain_mib / max(our_mib, 1):.1f} | {passes * floor:.2f} s | {100 * passes * floor / ours:.0f} % | "
