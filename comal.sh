@@ -103,8 +103,8 @@ method_settings() {
 }
 
 # The settings that results depend on. exps/NAME/run.json keeps them, and a restart with others is refused.
-PINNED=(METHOD SPLITS SEED MODEL TOKENIZER JUDGE JUDGE_TYPE JUDGE_WEIGHTS TEMPLATE PROMPTS_DIR EVAL_PROMPTS ETA TAU_ETA_RATIO UPDATE_INTERVAL BETA
-  PAIR_RULE SOFT_LABELS NUM_SAMPLES TEMPERATURE TOP_P MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS LEARNING_RATE
+PINNED=(METHOD SPLITS SEED MODEL TOKENIZER JUDGE JUDGE_TYPE JUDGE_WEIGHTS TEMPLATE PROMPTS_DIR EVAL_PROMPTS ETA TAU_ETA_RATIO
+  UPDATE_INTERVAL BETA PAIR_RULE SOFT_LABELS NUM_SAMPLES TEMPERATURE TOP_P MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS LEARNING_RATE
   WARMUP_RATIO NUM_EPOCHS GLOBAL_BATCH_SIZE MAX_LENGTH MAX_GRAD_NORM SELECT EVAL_TEMPERATURE FROM)
 
 check_values() {  # everything that can be known to be wrong before hours of work
@@ -325,7 +325,7 @@ generate() {  # STAGE MODEL OUTPUT SEED: one answer to each evaluation prompt
     "${engines[@]}"
 }
 
-to_compare() {  # LAST: the arrays ours, theirs, compared: the responses, baselines and outputs of the iterations up to LAST that are not compared yet
+to_compare() {  # LAST: the arrays ours, theirs, compared (outputs) of the iterations up to LAST that are not compared yet
   local j
   ours=() theirs=() compared=()
   for ((j = uncompared; j <= $1; j++)); do
@@ -540,8 +540,10 @@ wait_for_node_0() {  # FILE...: until node 0 has written them
     until [[ -e $file ]]; do
       [[ -n $told ]] || echo "=== node $NODE_RANK waits for $file of node 0"
       told=yes
-      # Once more: it may have ended just after it wrote the file.
-      [[ -e $exp/.node0 || -e $file ]] || { sleep 5; [[ -e $file ]] || die "node 0 has stopped, or does not share this file system: $file is missing"; }
+      if [[ ! -e $exp/.node0 ]]; then
+        sleep 5  # it may have ended just after it wrote the file
+        [[ -e $file ]] || die "node 0 has stopped, or does not share this file system: $file is missing"
+      fi
       sleep 1
     done
   done
@@ -689,7 +691,8 @@ check_settings() {  # write run.json, or compare with the one that is there once
   packages=$("$PYTHON" -c 'from importlib.metadata import distributions
 for found in distributions(): print(found.metadata["Name"], found.version)')
   for name in torch transformers vllm accelerate; do versions+=("  \"$name\": \"$(package "$name")\","); done
-  if [[ -e $file ]] && { ((NODE_RANK > 0)) || compgen -G "$exp/iter*/*.samples.jsonl" || compgen -G "$exp/iter*/*.samples.jsonl.partial"; } >/dev/null; then
+  if [[ -e $file ]] && { ((NODE_RANK > 0)) || compgen -G "$exp/iter*/*.samples.jsonl" ||
+    compgen -G "$exp/iter*/*.samples.jsonl.partial"; } >/dev/null; then
     changed=$(differences "$(IFS='|'; echo "${PINNED[*]}")|sha256 [^\"]*" "${lines[@]}")
     [[ -z $changed ]] || die "$exp was begun with other settings or files (<: now, >: $file):
 $changed

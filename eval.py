@@ -218,7 +218,8 @@ def matrix(responses: str, output: str, names: str = "", measure: str = "mean_wi
     if target.suffix != ".json":
         raise StageError(f"--output should end in .json, got {output}")
     config = JudgeConfig(**judge)
-    made_with, prints = [member.made_with() for member in config.members()] + config.weights(), [fingerprint(path) for path in paths]
+    made_with = [member.made_with() for member in config.members()] + config.weights()
+    prints = [fingerprint(path) for path in paths]
     cells = {}  # (i, j), i before j: the file of i's responses against j's
     for i, j in itertools.combinations(range(len(paths)), 2):
         name = text_id(dump_json([prints[i], prints[j], made_with]))

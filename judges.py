@@ -116,7 +116,8 @@ class JudgeConfig(EngineConfig):
         except ValueError:
             found = [-1]
         if len(found) not in (0, 2) or any(price < 0 for price in found):
-            raise StageError(f"--api_price should be two prices, dollars a million tokens: prompt,completion; got {self.api_price}")
+            raise StageError("--api_price should be two prices, dollars a million tokens: prompt,completion; "
+                             f"got {self.api_price}")
         return found or None
 
     def made_with(self):

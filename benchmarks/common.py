@@ -77,8 +77,8 @@ def read_prompt_texts(path):
 
 def make_pairs(prompts, count, seed=0, longest=1024, sequence=0):
     """[(prompt ids, chosen ids, rejected ids)] of random tokens. Prompts take a token for four characters and 20 for the
-    chat template; responses are log-normal around 256 tokens (standard deviation 0.6 of the logarithm), at most `longest`. With `sequence`
-    both sequences of a pair, prompt and response, have just that many tokens."""
+    chat template; responses are log-normal around 256 tokens (standard deviation 0.6 of the logarithm), at most `longest`. With
+    `sequence` both sequences of a pair, prompt and response, have just that many tokens."""
     generator = np.random.default_rng(seed)
     texts = read_prompt_texts(prompts)
     chosen = generator.choice(len(texts), count, replace=False)

@@ -177,6 +177,17 @@ def test_pins_and_forks(loop):
     assert code == 1 and "prompts/train_1.jsonl" in output and "train_0" not in output and "or fork: FROM=" in output
 
 
+def test_any_judge_reaches_the_stages(loop):
+    models = loop.folder / "models"
+    plan, code = loop.run("--plan", JUDGE=f"{models}/judge,{models}/policy", JUDGE_TYPE="offsetbias-lm,bt-mixture", JUDGE_WEIGHTS="1,3")
+    flags = f"--judge {models}/judge,{models}/policy --judge_type offsetbias-lm,bt-mixture --judge_weights 1,3"
+    assert code == 0 and plan.count(flags) == 6, plan  # four scorings, the last evaluation, the matrix
+    output, code = loop.run(JUDGE=f"{models}/judge,no-such-model", JUDGE_TYPE="bt-mixture")
+    assert code == 1 and "no-such-model (MODEL or JUDGE): no such directory" in output
+    plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="openai", API_BASE="http://127.0.0.1:8000/v1")
+    assert code == 0 and "--judge some-model --judge_type openai" in plan and "--api_base http://127.0.0.1:8000/v1" in plan
+
+
 def test_the_disk_is_checked(loop):
     df = loop.folder / "bin/df"
     df.write_text("#!/bin/sh\necho '/dev/x 9999999 9999 2048 99% /'\n")

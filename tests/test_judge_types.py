@@ -165,7 +165,8 @@ def serve(model, port):
     with open(f"{model}.server.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", f"{model}/model", "--served-model-name", "judge",
-             "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--api-key", "secret"],
+             "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--dtype", "float32", "--enforce-eager",
+             "--api-key", "secret"],
             stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     try:
         yield process
