@@ -101,7 +101,7 @@ class JudgeConfig(EngineConfig):
         """A weight a judge, all together 1. Raises StageError for what are not weights."""
         judges, values = split_list(self.judge), split_list(self.judge_weights)
         try:
-            weights = [float(value) for value in values] or [1.0] * len(judges)
+            weights = [float(value) for value in values] or [1.0] * max(1, len(judges))
         except ValueError:
             weights = []
         if len(weights) != max(1, len(judges)) or not all(0 < weight < math.inf for weight in weights):
@@ -194,7 +194,7 @@ def combine(records, path, parts, members, weights):
 def panel(record, judged, members, weights):
     """The fields of a panel: weighted means of its members' records `judged`, and `panel`, what each of them found."""
     mean = lambda values: (None if None in values else  # noqa: E731
-                           sum(weight * value for weight, value in zip(weights, values)))
+                           min(1.0, sum(weight * value for weight, value in zip(weights, values))))
     count = len(record["samples"])
     return {
         "win_probs": [[mean([one["win_probs"][i][j] for one in judged]) for j in range(count)] for i in range(count)],
