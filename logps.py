@@ -6,8 +6,8 @@
 - The responses to a prompt lie behind it in one row, [prompt][chosen][rejected]; a mask keeps them apart and position ids
   begin anew, so the prompt is computed once.
 - The output layer (`ResponseHead`) sees the positions that predict a response token, and no others. It goes through them
-  block by block: a matrix of positions x vocabulary exists in the precision of the matrix products, for the gradient, and
-  never in float32 unless that is their precision; without a gradient it does not exist at all.
+  block by block: a matrix of positions x vocabulary exists in bfloat16, for the gradient, where that is the precision of the
+  matrix products, and never in float32: there the gradient computes the blocks again.
 - Padding is on the right. A row that is alone in its batch has none.
 
 `MODEL_TYPES` are the models for which this was verified: their logits are the output layer's product and nothing else, and
@@ -137,15 +137,15 @@ class ResponseHead(nn.Linear):
         predictors, labels = self.targets
         hidden, device = hidden.flatten(0, 1)[predictors], hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        keep = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
+        keep = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad) and dtype.itemsize < 4
         return TokenLogps.apply(hidden, self.weight, self.bias, labels, dtype, keep)[None]
 
 
 class TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[n, labels[n]] of each row n, (N,) float32.
 
-    The products are in `dtype`; the normaliser `log sum_v exp(logit_v)` is accumulated over blocks in float32. To `keep` what
-    the gradient needs is to keep the logits, in `dtype`: d logp_n / d logit_nv = [v = label_n] - softmax_nv.
+    The products are in `dtype`; the normaliser `log sum_v exp(logit_v)` is accumulated over blocks in float32. To `keep` the
+    logits, in `dtype`, spares the gradient to compute them again: d logp_n / d logit_nv = [v = label_n] - softmax_nv.
     """
 
     @staticmethod
@@ -177,9 +177,8 @@ class TokenLogps(torch.autograd.Function):
                 largest = now
             found[rows] = found[rows] - largest - total.log()  # in this order: what is large cancels first
             normaliser[rows] = largest + total.log()
-        if keep:
-            ctx.hidden_dtype = hidden.dtype
-            ctx.save_for_backward(inputs, weight, bias, labels, normaliser, *blocks)
+        ctx.hidden_dtype = hidden.dtype
+        ctx.save_for_backward(inputs, weight, bias, labels, normaliser, *blocks)
         return found
 
     @staticmethod
@@ -196,9 +195,16 @@ class TokenLogps(torch.autograd.Function):
             own_labels = labels[rows]
             for columns in slices(size, TILE):
                 # - d logp / d logits, times the gradient that came in
-                block = next(blocks)
-                slope = view(scratch, block.shape).copy_(block).sub_(normaliser[rows][:, None]).exp_()
-                place, inside = within(own_labels, columns, block.shape)
+                shape = len(own_labels), min(columns.stop, size) - columns.start
+                slope = view(scratch, shape)
+                if (block := next(blocks, None)) is not None:
+                    slope.copy_(block)
+                else:
+                    torch.mm(inputs[rows], table[columns].T, out=slope)
+                    if bias is not None:
+                        slope += bias.detach()[columns]
+                slope.sub_(normaliser[rows][:, None]).exp_()
+                place, inside = within(own_labels, columns, shape)
                 slope.scatter_add_(1, place[:, None], -inside[:, None].to(exact_dtype))
                 slope = slope.mul_(grad[rows][:, None]).to(dtype)
                 grad_hidden[rows] -= slope @ table[columns]
