@@ -31,6 +31,7 @@ JUDGE_TYPE=${JUDGE_TYPE:-offsetbias-lm}                 # offsetbias-lm, bt-mixt
 JUDGE_WEIGHTS=${JUDGE_WEIGHTS:-}                        # of a panel, JUDGE=a,b; JUDGE_TYPE and TEMPLATE: one, or one each
 TEMPLATE=${TEMPLATE:-prompts/offsetbias.txt}            # the judge's prompt
 API_BASE=${API_BASE:-}                                  # of an openai judge; the key is OPENAI_API_KEY in the environment
+JUDGE_FLAGS=${JUDGE_FLAGS:-}                            # more of scoring.py's: "--labels 'A,B' --reward_temperature 2"
 
 # Prompts: made by data_processing.py and eval.py when missing
 PROMPTS_DIR=${PROMPTS_DIR:-data/prompts}                # train_<i>.jsonl, train.jsonl, test.jsonl
@@ -103,8 +104,8 @@ method_settings() {
 }
 
 # The settings that results depend on. exps/NAME/run.json keeps them, and a restart with others is refused.
-PINNED=(METHOD SPLITS SEED MODEL TOKENIZER JUDGE JUDGE_TYPE JUDGE_WEIGHTS TEMPLATE PROMPTS_DIR EVAL_PROMPTS ETA TAU_ETA_RATIO
-  UPDATE_INTERVAL BETA PAIR_RULE SOFT_LABELS NUM_SAMPLES TEMPERATURE TOP_P MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS LEARNING_RATE
+PINNED=(METHOD SPLITS SEED MODEL TOKENIZER JUDGE JUDGE_TYPE JUDGE_WEIGHTS JUDGE_FLAGS TEMPLATE PROMPTS_DIR EVAL_PROMPTS ETA
+  TAU_ETA_RATIO UPDATE_INTERVAL BETA PAIR_RULE SOFT_LABELS NUM_SAMPLES TEMPERATURE TOP_P MAX_PROMPT_TOKENS MAX_NEW_TOKENS MAX_JUDGE_TOKENS LEARNING_RATE
   WARMUP_RATIO NUM_EPOCHS GLOBAL_BATCH_SIZE MAX_LENGTH MAX_GRAD_NORM SELECT EVAL_TEMPERATURE FROM)
 
 check_values() {  # everything that can be known to be wrong before hours of work
@@ -124,6 +125,15 @@ check_values() {  # everything that can be known to be wrong before hours of wor
   whole 0 NODE_RANK SEED MICRO_BATCH_TOKENS STALL_TIMEOUT SAVE_STEPS ${UPDATE_INTERVAL:+UPDATE_INTERVAL}
   number TAU_ETA_RATIO BETA TEMPERATURE TOP_P LEARNING_RATE WARMUP_RATIO MAX_GRAD_NORM EVAL_TEMPERATURE
   [[ -z $ETA || ,$ETA =~ ^(,$number)+$ ]] || die "ETA=$ETA should be a number, or one a round, comma-separated"
+  local type
+  for type in ${JUDGE_TYPE//,/ }; do
+    [[ " offsetbias-lm bt-mixture openai " == *" $type "* ]] ||
+      die "JUDGE_TYPE=$JUDGE_TYPE should be offsetbias-lm, bt-mixture or openai; of several judges one each, comma-separated"
+  done
+  [[ -z $JUDGE_WEIGHTS || ,$JUDGE_WEIGHTS =~ ^(,$number)+$ ]] || die "JUDGE_WEIGHTS=$JUDGE_WEIGHTS should be numbers, comma-separated"
+  [[ $JUDGE_TYPE != *openai* || -n $API_BASE$(printenv OPENAI_BASE_URL OPENAI_API_KEY) ]] ||
+    die "OPENAI_API_KEY is not set; OpenAI wants one. For another server give API_BASE"
+  [[ $ENGINE == local || $GPUS == auto || $GPUS == none ]] || die "GPUS=$GPUS: with ENGINE=ray, Ray hands out the GPUs; give auto or none"
   ((NODE_RANK < NODES)) || die "NODE_RANK=$NODE_RANK should be less than NODES=$NODES"
   positive LEARNING_RATE BETA TOP_P
   at_most_one TOP_P WARMUP_RATIO
@@ -645,6 +655,7 @@ trap 'echo "comal.sh: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 find_gpus() {
   judge=(--judge "$JUDGE" --judge_type "$JUDGE_TYPE" --judge_weights "$JUDGE_WEIGHTS" --template "$TEMPLATE"
     --api_base "$API_BASE" --max_prompt_tokens "$MAX_JUDGE_TOKENS")
+  eval "judge+=($JUDGE_FLAGS)"  # with its quotes
   engines=(--engine "$ENGINE" --gpus "$GPUS" --gpus_per_worker "$GPUS_PER_WORKER" --on_error "$ON_ERROR" --stall_timeout "$STALL_TIMEOUT")
   if [[ $GPUS != auto && $GPUS != none && -z $plan ]]; then
     local gpu listed

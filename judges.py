@@ -76,11 +76,15 @@ class JudgeConfig(EngineConfig):
             temperature(self)
         else:
             check_labels(self)
-        if self.judge_type == "openai":  # one process; small chunks, as finished ones are kept and the others paid for again
-            self.engine, self.gpus, self.gpus_per_worker, self.cpu_workers = "local", "none", 1, 1
-            self.chunk_size = min(self.chunk_size, 8)
         if min(self.api_concurrency, self.api_retries + 1) < 1:
             raise StageError("--api_concurrency should be at least 1 and --api_retries at least 0")
+        if self.judge_type == "openai":
+            self.api_base = self.api_base or os.environ.get("OPENAI_BASE_URL", "")
+            if not self.api_base and not os.environ.get("OPENAI_API_KEY"):
+                raise StageError("OPENAI_API_KEY is not set; OpenAI wants one. For another server give --api_base")
+            # One process; small chunks, as finished ones are kept and the others paid for again.
+            self.engine, self.gpus, self.gpus_per_worker, self.cpu_workers = "local", "none", 1, 1
+            self.chunk_size = min(self.chunk_size, 8)
 
     def members(self):
         """One JudgeConfig a judge, this one itself where there is just one."""
@@ -105,7 +109,7 @@ class JudgeConfig(EngineConfig):
         except ValueError:
             weights = []
         if len(weights) != max(1, len(judges)) or not all(0 < weight < math.inf for weight in weights):
-            raise StageError(f"--judge_weights should be {len(judges)} numbers greater than 0, one a judge, "
+            raise StageError(f"--judge_weights should be numbers greater than 0, as many as judges ({len(judges)}), "
                              f"got {self.judge_weights}")
         return [weight / sum(weights) for weight in weights]
 
@@ -208,7 +212,8 @@ def tell_usage(paths, config):
     """Log the tokens, and with --api_price the cost, that a server has counted for these files, earlier runs included."""
     if config.judge_type != "openai":
         return
-    usage = [record["usage"] for path in paths for record in read_jsonl(path)]
+    files = [file for path in paths for file in (path, listing_of(path)) if Path(file).exists()]
+    usage = [record["usage"] for file in files for record in read_jsonl(file) if "usage" in record]
     total = {name: sum(one[name] for one in usage) for name in ("requests", "prompt_tokens", "completion_tokens")}
     prices = config.prices()
     cost = f": {prices[0] * total['prompt_tokens'] + prices[1] * total['completion_tokens']:.2f} dollars" if prices else ""
@@ -371,15 +376,12 @@ class ServerJudge:
         config: JudgeConfig
     """
 
-    settings = ("template", "labels", "api_base")
+    settings = ("template", "labels")  # the model is known by its name, wherever its server is
     asked = {"temperature": 0, "max_completion_tokens": 16, "logprobs": True, "top_logprobs": 20}
 
     def __init__(self, config):
         import openai
-        base = config.api_base or os.environ.get("OPENAI_BASE_URL")
-        key = os.environ.get("OPENAI_API_KEY")
-        if not key and not base:
-            raise StageError("OPENAI_API_KEY is not set; OpenAI wants one. For another server give --api_base")
+        key, base = os.environ.get("OPENAI_API_KEY"), config.api_base or None
         self.errors, self.config, self.labels = openai, config, split_list(config.labels)
         self.template, self.address = read_template(config.template), base or "OpenAI"
         self.client = openai.OpenAI(base_url=base, api_key=key or "none", max_retries=config.api_retries, timeout=300)
@@ -404,16 +406,16 @@ class ServerJudge:
                           for record, asked in self.chunks.pop(number)]) for number in finished]
 
     def result(self, record, answers):
-        refused = next((answer for answer in answers.values() if isinstance(answer, str)), None)
-        if refused:
-            return {"prompt_id": record["prompt_id"], "skipped": refused}
         counts = [sum(usage[n] for _, usage in answers.values()) for n in range(2)]
         usage = {"requests": len(answers), "prompt_tokens": counts[0], "completion_tokens": counts[1]}
+        refused = next((answer for answer, _ in answers.values() if isinstance(answer, str)), None)
+        if refused:
+            return {"prompt_id": record["prompt_id"], "skipped": refused, "usage": usage}
         judgements = {order: judgement for order, (judgement, _) in answers.items()}
         return record | win_matrix([sample["text"] for sample in record["samples"]], judgements) | {"usage": usage}
 
     def ask(self, prompt):
-        """((P(first label), mass of both), (prompt tokens, completion tokens)), or why the record is skipped."""
+        """((P(first label), mass of both) or why the record is skipped, (prompt tokens, completion tokens))."""
         while True:
             time.sleep(max(0.0, self.quiet_until - time.monotonic()))
             asked = dict(self.asked)
@@ -423,8 +425,12 @@ class ServerJudge:
                 break
             except self.errors.BadRequestError as error:
                 if "context length" in str(error) or "context_length" in str(error):
-                    return f"the judging prompt is too long for {self.config.judge}"
-                self.ask_for_less(asked, str(error))
+                    return f"the judging prompt is too long for {self.config.judge}", (0, 0)
+                if not self.ask_for_less(asked, str(error)):
+                    reason = f"{self.address} refuses the request for {self.config.judge}: {self.without_key(error)}"
+                    if self.config.on_error == "skip":
+                        return reason, (0, 0)
+                    raise StageError(f"{reason}\n--on_error skip leaves such records out") from None
             except self.errors.APIError as error:
                 raise StageError(f"{self.address} did not answer for {self.config.judge}: {self.without_key(error)}. What is "
                                  "finished is kept; once the cause is mended, the same command goes on") from None
@@ -436,22 +442,23 @@ class ServerJudge:
         judgement = (read_answer([(token.token, [(top.token, top.logprob) for top in token.top_logprobs]) for token in content],
                                  self.labels) if content else parse_answer(choice.message.content or "", self.labels))
         if judgement is None:
-            return f"{self.config.judge} answered {choice.message.content!r}, which is none of its labels"
+            return f"{self.config.judge} answered {choice.message.content!r}, which is none of its labels", usage
         return judgement, usage
 
     def ask_for_less(self, asked, message):
-        """Some servers refuse what others want to be told: leave out the parameter that the message names."""
+        """Some servers refuse what others want to be told: leave out the parameter that the message names, if it does."""
         with self.lock:
             if self.asked != asked:  # another thread has
-                return
+                return True
             if "top_logprobs" in message and self.asked.get("top_logprobs", 0) > 5:
                 self.asked = self.asked | {"top_logprobs": 5}
-                return
+                return True
             named = [name for name in self.asked if name in message]
             if not named:
-                raise StageError(f"{self.address} refuses the request for {self.config.judge}: {self.without_key(message)}")
+                return False
             dropped = {"logprobs", "top_logprobs"} if "logprobs" in named[0] else {named[0]}
             self.asked = {name: value for name, value in self.asked.items() if name not in dropped}
+            return True
 
     def obey(self, headers):
         """Pause all requests where the server says that none is left for now; the client obeys `retry-after` itself."""

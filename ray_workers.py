@@ -5,12 +5,16 @@ with it goes to the next actor that is free. The project's folder, the models, a
 under the same path on every node: a shared file system, or models from the Hub. Ray is an optional package (pip install ray).
 """
 
+import itertools
 import os
 import socket
 import threading
+import time
 
 from utils import StageError, log
-from workers import IN_FLIGHT, MAX_STARTS, Chunk, retry
+from workers import IN_FLIGHT, Chunk, retry
+
+MAX_RESTARTS = 100  # of an actor; a record that ends its actor is found by halving its chunk, over some ten of them
 
 
 def connect(pool):
@@ -73,62 +77,92 @@ class Actor:
             return "error", str(error)
 
 
+class _Remote:
+    """An actor as its owner sees it."""
+
+    def __init__(self, actor):
+        self.actor, self.chunks = actor, []
+        self.start()
+
+    def start(self):
+        """It is, or will be, starting: `starting` answers once it is there, again where Ray has to restart it."""
+        self.is_ready, self.since = False, time.monotonic()
+        self.starting = self.actor.ready.options(max_task_retries=-1).remote()
+
+    def takes(self, chunk):
+        """As `workers._Worker.takes`: a chunk that an actor was lost over goes alone."""
+        return self.is_ready and (not self.chunks or len(self.chunks) < IN_FLIGHT and
+                                  not any(other.losses for other in (chunk, *self.chunks)))
+
+
 def map_chunks(make_work, chunks, count, pool, give_up):
     """Yield `(tasks, results)` for every chunk, as `workers.map_chunks` does, from `count` actors."""
     import ray
     from ray.exceptions import RayActorError, RayError
     on_gpu = pool.gpus != "none" and ray.cluster_resources().get("GPU", 0) > 0
-    kind = ray.remote(Actor).options(num_cpus=1, num_gpus=pool.gpus_per_worker if on_gpu else 0, max_restarts=MAX_STARTS,
+    kind = ray.remote(Actor).options(num_cpus=1, num_gpus=pool.gpus_per_worker if on_gpu else 0, max_restarts=MAX_RESTARTS,
                                      max_concurrency=IN_FLIGHT)
-    chunks, redo, numbers = map(Chunk, chunks), [], iter(range(1 << 60))
+    chunks, redo, numbers = map(Chunk, chunks), [], itertools.count()
     chunk = next(chunks, None)
-    actors = [kind.remote(make_work, on_gpu) for _ in range(count)] if chunk else []
-    free = []  # an actor is in it once a chunk that it could take
-    starting = lambda actor: actor.ready.options(max_task_retries=-1).remote()  # noqa: E731 - answers once it is (again) there
-    running = {starting(actor): (actor, None) for actor in actors}  # reference: (actor, its chunk; None: it starts)
+    remotes = [_Remote(kind.remote(make_work, on_gpu)) for _ in range(count)] if chunk else []
+    running = {remote.starting: (remote, None) for remote in remotes}  # reference: (remote, its chunk; None: it starts)
+
+    def hand(remote, own):
+        remote.chunks.append(own)
+        remote.since = time.monotonic()
+        running[remote.actor.run.remote(next(numbers), own.tasks)] = remote, own
+
     try:
-        while chunk or redo or any(own for _, own in running.values()):
-            while free and (redo or chunk):
-                actor = free.pop(0)
-                if redo:
-                    own = redo.pop(0)
-                else:
-                    own, chunk = chunk, next(chunks, None)
-                running[actor.run.remote(next(numbers), own.tasks)] = actor, own
+        while chunk or redo or any(remote.chunks for remote in remotes):
+            for _ in range(IN_FLIGHT):
+                for remote in remotes:
+                    if redo and remote.takes(redo[0]):
+                        hand(remote, redo.pop(0))
+                    elif chunk and remote.takes(chunk):
+                        hand(remote, chunk)
+                        chunk = next(chunks, None)
             if not running:
-                raise StageError("all of Ray's actors were lost, each more than "
-                                 f"{MAX_STARTS} times; out of memory? See Ray's logs (ray logs)")
-            done, _ = ray.wait(list(running), timeout=pool.stall_timeout or None)
-            if not done:
-                raise StageError(f"no actor of Ray's made progress for {pool.stall_timeout:g} s (--stall_timeout); has the "
+                raise StageError(f"all of Ray's actors were lost, {MAX_RESTARTS} times each; see Ray's logs (ray logs)")
+            done, _ = ray.wait(list(running), timeout=5)
+            late = [remote for remote in remotes if pool.stall_timeout and time.monotonic() - remote.since > pool.stall_timeout]
+            if not done and late and not any(remote.is_ready for remote in remotes):
+                raise StageError(f"no actor of Ray's was there after {pool.stall_timeout:g} s (--stall_timeout); has the "
                                  "cluster room for them (ray status)?")
+            for remote in late:
+                if remote.chunks:
+                    log.warning("an actor of Ray's made no progress for %g s (--stall_timeout)", pool.stall_timeout)
+                    remote.since = time.monotonic()
+                    ray.kill(remote.actor, no_restart=False)
             for reference in done:
-                actor, own = running.pop(reference)
+                remote, own = running.pop(reference)
+                if own:
+                    remote.chunks.remove(own)
                 try:
                     value = ray.get(reference)
                 except RayError as error:
-                    reason = f"an actor of Ray's was lost: {str(error).strip().splitlines()[0]}"
+                    lines = str(error).strip().splitlines()
+                    reason = f"an actor of Ray's was lost: {lines[0]}" + (f" ... {lines[-1]}" if len(lines) > 1 else "")
                     log.warning("%s", reason)
-                    free = [other for other in free if other is not actor]
-                    if not isinstance(error, RayActorError):  # an exception in its work: a new process
-                        ray.kill(actor, no_restart=False)
-                    if own:
-                        if not any(other is actor and theirs is None for other, theirs in running.values()):
-                            running[starting(actor)] = actor, None
-                        retried, culprit = retry(own)
-                        redo += retried
-                        if culprit:
-                            yield culprit, [give_up(culprit[0], reason)]
+                    if own is None:  # it will not come back
+                        continue
+                    if remote.is_ready:
+                        if not isinstance(error, RayActorError):  # an exception in its work: a new process
+                            ray.kill(remote.actor, no_restart=False)
+                        remote.start()
+                        running[remote.starting] = remote, None
+                    retried, culprit = retry(own)
+                    redo += retried
+                    if culprit:
+                        yield culprit, [give_up(culprit[0], reason)]
                     continue
+                kind_of_answer, value = ("ready", value) if own is None else value
+                if kind_of_answer == "error" or own is None and value:
+                    raise StageError(f"an actor of Ray's failed:\n{value}")
+                remote.since = time.monotonic()
                 if own is None:
-                    if value:
-                        raise StageError(f"an actor of Ray's failed:\n{value}")
-                    free += [actor] * IN_FLIGHT
-                elif value[0] == "error":
-                    raise StageError(f"an actor of Ray's failed:\n{value[1]}")
+                    remote.is_ready = True
                 else:
-                    free.append(actor)
-                    yield own.tasks, value[1]
+                    yield own.tasks, value
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        for remote in remotes:
+            ray.kill(remote.actor)

@@ -6,6 +6,7 @@
 #
 # comal.sh runs on every node: on the first one the loop, on all of them log-probabilities and training. With Ray in .venv
 # (pip install ray) sampling and judging use the GPUs of all nodes too, otherwise those of the first.
+# Where the nodes have no network, make .venv before, on a login node: SETUP_FOR=gpu bash setup.sh
 # Submitted again, also after a time limit, it goes on where it stopped. What it prints: exps/slurm-JOB.out.
 # On nodes without GPUs: sbatch --gpus-per-node=0, with GPUS=none.
 #SBATCH --job-name=comal
@@ -22,16 +23,20 @@ cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
 
 source ./setup.sh || exit 1  # once, before all nodes use it
 export PYTHON
-export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR=${MASTER_ADDR:-$head}
 
 if ((SLURM_JOB_NUM_NODES > 1)) && "$PYTHON" -c "import ray" 2>/dev/null; then
   port=${RAY_PORT:-6379}
   ray=("$PYTHON" -m ray.scripts.scripts start --block --disable-usage-stats)
-  srun --overlap --nodes=1 --ntasks=1 --nodelist="$MASTER_ADDR" "${ray[@]}" --head --port "$port" >"exps/ray-$SLURM_JOB_ID.log" 2>&1 &
+  srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" "${ray[@]}" --head --port "$port" >"exps/ray-$SLURM_JOB_ID.log" 2>&1 &
   sleep 15
-  srun --overlap --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks-per-node=1 --exclude="$MASTER_ADDR" \
+  srun --overlap --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks-per-node=1 --exclude="$head" \
     "${ray[@]}" --address "$MASTER_ADDR:$port" >>"exps/ray-$SLURM_JOB_ID.log" 2>&1 &
-  sleep 15
+  timeout 600 "$PYTHON" -c "import ray, time
+ray.init('$MASTER_ADDR:$port', log_to_driver=False)
+while sum(node['Alive'] for node in ray.nodes()) < $SLURM_JOB_NUM_NODES: time.sleep(1)" ||
+    { echo "slurm.sh: Ray's nodes did not meet within 600 s; see exps/ray-$SLURM_JOB_ID.log" >&2; exit 1; }
   export ENGINE=ray RAY_ADDRESS=$MASTER_ADDR:$port
 fi
 

@@ -182,6 +182,8 @@ def test_any_judge_reaches_the_stages(loop):
     plan, code = loop.run("--plan", JUDGE=f"{models}/judge,{models}/policy", JUDGE_TYPE="offsetbias-lm,bt-mixture", JUDGE_WEIGHTS="1,3")
     flags = f"--judge {models}/judge,{models}/policy --judge_type offsetbias-lm,bt-mixture --judge_weights 1,3"
     assert code == 0 and plan.count(flags) == 6, plan  # four scorings, the last evaluation, the matrix
+    plan = loop.run("--plan", JUDGE_FLAGS="--labels 'A x,B x' --reward_temperature 2")[0]
+    assert plan.count("--labels A\\ x\\,B\\ x --reward_temperature 2") == 6, plan
     output, code = loop.run(JUDGE=f"{models}/judge,no-such-model", JUDGE_TYPE="bt-mixture")
     assert code == 1 and "no-such-model (MODEL or JUDGE): no such directory" in output
     plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="openai", API_BASE="http://127.0.0.1:8000/v1")
@@ -200,7 +202,9 @@ def test_the_disk_is_checked(loop):
     ("ETA=0", "greater than 0"), ("BETA=0.0", "greater than 0"), ("LEARNING_RATE=0e-5", "greater than 0"),
     ("TOP_P=0", "greater than 0"), ("TOP_P=1.1", "at most 1"), ("WARMUP_RATIO=2", "at most 1"),
     ("KEEP_CKPTS=some", "choose one of: all rounds last"), ("ON_ERROR=no", "choose one of: fail skip"),
-    ("SAVE_STEPS=x", "whole number"), ("STALL_TIMEOUT=-1", "whole number"), ("GPUS=97", "nvidia-smi lists")])
+    ("SAVE_STEPS=x", "whole number"), ("STALL_TIMEOUT=-1", "whole number"), ("GPUS=97", "nvidia-smi lists"),
+    ("JUDGE_TYPE=bt", "should be offsetbias-lm, bt-mixture or openai"), ("JUDGE_WEIGHTS=x", "should be numbers"),
+    ("JUDGE_TYPE=openai", "OPENAI_API_KEY is not set")])
 def test_wrong_settings_are_refused(loop, setting, message):
     output, code = loop.run(**dict([setting.split("=")]))
     assert code == 1 and message in output and not loop.exps.exists(), output

@@ -60,8 +60,8 @@ def test_duration(text, seconds):
 @pytest.mark.parametrize("settings, message", [
     ({"judge_type": "bt-mixture", "reward_temperature": "0"}, "--reward_temperature should be a number greater than 0, got 0"),
     ({"judge": "a,b", "judge_type": "bt-mixture,openai,bt-mixture"}, "--judge_type has 3 values for 2 judges"),
-    ({"judge": "a,b", "judge_weights": "1"}, "--judge_weights should be 2 numbers"),
-    ({"judge": "a,b", "judge_weights": "1,-1"}, "--judge_weights should be 2 numbers"),
+    ({"judge": "a,b", "judge_weights": "1"}, "as many as judges (2), got 1"),
+    ({"judge": "a,b", "judge_weights": "1,-1"}, "as many as judges (2), got 1,-1"),
     ({"judge_type": "openai", "api_price": "1"}, "--api_price should be two prices"),
     ({"judge_type": "openai", "api_concurrency": 0}, "--api_concurrency should be at least 1"),
     ({"engine": "slurm"}, "--engine should be local or ray, got slurm")])
@@ -71,7 +71,7 @@ def test_settings_that_are_refused(settings, message):
 
 
 def test_members_share_what_is_given_once():
-    config = JudgeConfig(judge="a,b", judge_type="bt-mixture,openai", judge_weights="1,3", labels="x,y;u,v", gpus="none",
+    config = JudgeConfig(judge="a,b", judge_type="bt-mixture,openai", judge_weights="1,3", labels="x,y;u,v", gpus="none", api_base="http://h/v1",
                          template=str(ROOT / "prompts/offsetbias.txt"))
     first, second = config.members()
     assert (first.judge, first.judge_type, first.labels) == ("a", "bt-mixture", "x,y")
@@ -297,11 +297,15 @@ def test_a_server_that_refuses(server, status, message):
 def test_a_record_that_is_too_long_or_not_answered_is_skipped(server):
     Handler.moods = [(400, {}, error("This model's maximum context length is 8 tokens"))]
     first, second = work(server, *samples(2))
-    assert set(first) == {"prompt_id", "skipped"} and "too long" in first["skipped"] and "win_probs" in second
+    assert set(first) == {"prompt_id", "skipped", "usage"} and "too long" in first["skipped"] and "win_probs" in second
     Handler.moods = [(200, {}, {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
         {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Both are nice"}}]})]
     (first,) = work(server, samples(2)[1])
     assert "answered 'Both are nice', which is none of its labels" in first["skipped"]
+    server.config.on_error = "skip"  # a request that the server will never take
+    Handler.moods = [(400, {}, error("content policy"))]
+    (first,) = work(server, samples(2)[0])
+    assert "refuses the request for m" in first["skipped"] and first["usage"]["completion_tokens"] == 15
 
 
 def test_no_server_is_a_plain_error(jsonl, tmp_path):
