@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+import ray_workers
+from conftest import ROOT, ChunkWork
+from workers import PoolConfig
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is optional: pip install ray")
 
 
 @pytest.fixture(scope="module")
 def cluster():
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # of the actors
     with contextlib.ExitStack() as stack:
         cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         stack.callback(cluster.shutdown)
@@ -97,6 +100,35 @@ def test_scoring_with_what_is_left_of_the_cluster(cluster, demo_models, tmp_path
                     RAY_ADDRESS=cluster.address)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and "--gpus_per_worker 2, but Ray's cluster has 0 GPUs" in output
+
+
+class Fragile(ChunkWork):
+    """Doubles numbers, but 13 ends its process."""
+
+    def __call__(self, tasks):
+        if 13 in tasks:
+            os._exit(1)
+        return [2 * task for task in tasks]
+
+
+def test_the_record_that_ends_its_actor_is_found_and_no_other(cluster):
+    import ray
+    import conftest
+    for module in (sys.modules[__name__], conftest):
+        ray.cloudpickle.register_pickle_by_value(module)
+    given_up, found = [], {}
+    os.environ["RAY_ADDRESS"] = cluster.address
+    try:
+        pool = PoolConfig(engine="ray", gpus="none")
+        count = ray_workers.connect(pool)
+        chunks = [list(range(first, first + 8)) for first in range(0, 64, 8)]
+        for tasks, results in ray_workers.map_chunks(Fragile, iter(chunks), count, pool, lambda task, _: given_up.append(task)):
+            found |= dict(zip(tasks, results, strict=True))
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        ray.shutdown()
+    assert given_up == [13]
+    assert found == {n: 2 * n for n in range(64)} | {13: None}
 
 
 def test_no_cluster_is_a_plain_error(demo_models, tmp_path):
