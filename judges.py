@@ -388,6 +388,7 @@ class ServerJudge:
         self.pool_of_threads = ThreadPoolExecutor(config.api_concurrency)
         self.chunks = {}  # number: [(record, {order: future})]
         self.quiet_until, self.lock = 0.0, threading.Lock()
+        self.answers = {True: 0, False: 0}  # with one of the labels, with something else
 
     def begin(self, number, tasks):
         def ask(record, first, second):
@@ -441,6 +442,11 @@ class ServerJudge:
         content = choice.logprobs.content if choice.logprobs else None
         judgement = (read_answer([(token.token, [(top.token, top.logprob) for top in token.top_logprobs]) for token in content],
                                  self.labels) if content else parse_answer(choice.message.content or "", self.labels))
+        with self.lock:
+            self.answers[judgement is not None] += 1
+            if self.answers[False] >= 20 and not self.answers[True]:
+                raise StageError(f"{self.config.judge} does not answer with one of the labels, but {choice.message.content!r}; "
+                                 "are --template and --labels its own?")
         if judgement is None:
             return f"{self.config.judge} answered {choice.message.content!r}, which is none of its labels", usage
         return judgement, usage

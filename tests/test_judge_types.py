@@ -308,6 +308,14 @@ def test_a_record_that_is_too_long_or_not_answered_is_skipped(server):
     assert "refuses the request for m" in first["skipped"] and first["usage"]["completion_tokens"] == 15
 
 
+def test_a_server_that_never_answers_with_a_label_is_no_judge(server):
+    Handler.moods = [(200, {}, {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Both"}}]})] * 100
+    with pytest.raises(StageError, match="does not answer with one of the labels, but 'Both'"):
+        work(server, *samples(9))
+    assert len(Handler.asked) < 30
+
+
 def test_no_server_is_a_plain_error(jsonl, tmp_path):
     output = score(jsonl("samples.jsonl", *samples(1)), tmp_path / "o.jsonl", "--judge", "m", "--judge_type", "openai",
                    "--api_base", "http://127.0.0.1:9/v1", "--api_retries", "1", check=False)
