@@ -21,7 +21,7 @@ from pathlib import Path
 
 from utils import StageError, dump_json, jsonl_writer, log, read_jsonl, split_list, text_id
 from vllm_model import Engine, EngineConfig, EngineWork, whole_model_fingerprint
-from workers import digest_of, listing_of, map_files
+from workers import digest_of, list_skipped, listing_of, map_files
 
 MIN_LABEL_MASS = 0.05  # mean probability of both labels together; below it a model is no judge
 
@@ -147,11 +147,13 @@ def judge_files(jobs, config, description):
     members = config.members()
     if len(members) == 1:
         make_judge = partial(JUDGE_TYPES[config.judge_type], config)
-        map_files([(*job, config.made_with()) for job in jobs], make_judge, config, description)
+        made_with = config.made_with()
+        map_files([(*job, made_with) for job in jobs], make_judge, config, description)
         tell_usage([path for _, path in jobs], config)
         return
     digests = [digest_of(records()) for records, _ in jobs]
-    parts = [[Path(f"{path}.{text_id(dump_json([digest, member.made_with()]))}.partial") for member in members]
+    made_with = [member.made_with() for member in members]
+    parts = [[Path(f"{path}.{text_id(dump_json([digest, own]))}.partial") for own in made_with]
              for (_, path), digest in zip(jobs, digests)]
     for number, member in enumerate(members):
         left = [(records, own[number]) for (records, _), own in zip(jobs, parts) if not own[number].exists()]
@@ -184,12 +186,7 @@ def combine(records, path, parts, members, weights):
                 member = own.index(None)
                 reason = reasons[member].get(record["prompt_id"], "not judged")
                 skipped.append({"prompt_id": record["prompt_id"], "skipped": f"{members[member].judge}: {reason}"})
-    listing_of(path).unlink(missing_ok=True)
-    if skipped:
-        with jsonl_writer(listing_of(path)) as write:
-            for record in skipped:
-                write(record)
-        log.warning("%d skipped records are listed in %s", len(skipped), listing_of(path))
+    list_skipped(path, skipped)
     if not count:
         path.unlink()
         raise StageError(f"every record of {path} was skipped; see {listing_of(path)}")
@@ -275,7 +272,7 @@ class GenerativeJudge(EngineWork):
         for output in outputs:
             logprobs = output.outputs[0].logprobs[0]
             first, second = logprobs[first_id].logprob, logprobs[second_id].logprob
-            answers.append((1 / (1 + math.exp(min(second - first, 700.0))), math.exp(first) + math.exp(second)))
+            answers.append((sigmoid(first - second), math.exp(first) + math.exp(second)))
         mass = sum(mass for _, mass in answers) / max(1, len(answers))
         if len(answers) >= 20 and mass < MIN_LABEL_MASS:
             raise StageError(f"{self.engine.model} puts {mass:.2g} of its probability on the two labels, so it does not "
@@ -317,7 +314,7 @@ class RewardJudge(EngineWork):
         from vllm import PoolingParams
         prompts, results = [], []  # token ids of every response of this chunk; per record, its different texts
         for _, record in tasks:
-            texts = list(dict.fromkeys(sample["text"] for sample in record["samples"]))
+            texts = different_texts(record)
             own = [self.encode(record["prompt"], text) for text in texts]
             longest = max(map(len, own))
             if longest > self.max_prompt_tokens:
@@ -342,7 +339,7 @@ class RewardJudge(EngineWork):
         if not all(map(math.isfinite, by_text.values())):
             raise StageError(f"{self.engine.model} gives no finite reward to the responses of prompt_id {record['prompt_id']}")
         judgements = {(first, second): (sigmoid((by_text[first] - by_text[second]) / self.temperature), 1.0)
-                      for first in texts for second in texts if first != second}
+                      for first, second in orders(record)}
         found = [sample["text"] for sample in record["samples"]]
         return record | win_matrix(found, judgements) | {"rewards": [by_text[text] for text in found]}
 
@@ -358,7 +355,7 @@ def temperature(config):
 
 
 def sigmoid(x):
-    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+    return 1 / (1 + math.exp(min(-x, 700.0)))
 
 
 def too_long(record, tokens, limit):
@@ -479,9 +476,14 @@ class ServerJudge:
         return str(error).replace(key, "***") if key else str(error)
 
 
+def different_texts(record):
+    """Of a record's samples, each once, in their order."""
+    return list(dict.fromkeys(sample["text"] for sample in record["samples"]))
+
+
 def orders(record):
     """All ordered pairs of different texts."""
-    texts = list(dict.fromkeys(sample["text"] for sample in record["samples"]))
+    texts = different_texts(record)
     return [(first, second) for first in texts for second in texts if first != second]
 
 

@@ -431,6 +431,18 @@ def listing_of(path):
     return path.with_name(path.name.removesuffix(".jsonl") + ".skipped.jsonl")
 
 
+def list_skipped(path, skipped):
+    """Write the list of an output's skipped records, if there are any, and tell of it."""
+    listing = listing_of(path)
+    listing.unlink(missing_ok=True)
+    if skipped:
+        with jsonl_writer(listing) as write:
+            for record in skipped:
+                write(record)
+        first = "; ".join(f"{r['prompt_id']}: {r['skipped']}" for r in skipped[:3])
+        log.warning("skipped records are listed in %s (%s%s)", listing, first, " ..." * (len(skipped) > 3))
+
+
 def _chunks(tasks, left, size, num_workers):
     """Lists of `size` tasks, smaller ones towards the end, so that all workers end at about the same time."""
     while left > 0:
@@ -443,20 +455,13 @@ def _chunks(tasks, left, size, num_workers):
 def _write_output(journal, ids):
     """The output and the list of skipped records, from the journal, in input order."""
     path = journal.output
-    listing = listing_of(path)
-    listing.unlink(missing_ok=True)
     lines = [line for line in journal.lines(ids) if b'"skipped"' in line]
     skipped = [record for record in map(json.loads, lines) if "skipped" in record]
     left_out = {record["prompt_id"] for record in skipped}
-    if skipped:
-        with jsonl_writer(listing) as write:
-            for record in skipped:
-                write(record)
-        first = "; ".join(f"{r['prompt_id']}: {r['skipped']}" for r in skipped[:3])
-        log.warning("skipped records are listed in %s (%s%s)", listing, first, " ..." * (len(skipped) > 3))
+    list_skipped(path, skipped)
     if len(skipped) == len(ids):
         journal.remove()
-        raise StageError(f"every record of {path} was skipped; see {listing}")
+        raise StageError(f"every record of {path} was skipped; see {listing_of(path)}")
     with atomic_file(path) as file:
         file.writelines(journal.lines(prompt_id for prompt_id in ids if prompt_id not in left_out))
     log.info("%s: %d records written, %d skipped", path, len(ids) - len(skipped), len(skipped))
