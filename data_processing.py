@@ -25,11 +25,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import (StageError, are_messages, check_at_least, check_input, check_output_file, derive_seed, file_lists,
-                   first_line, jsonl_writer, log, read_prompts, read_scores, run, split_list, text_id)
-
+from utils import (
+    StageError,
+    are_messages,
+    check_at_least,
+    check_input,
+    check_output_file,
+    derive_seed,
+    file_lists,
+    first_line,
+    jsonl_writer,
+    log,
+    read_prompts,
+    read_scores,
+    run,
+    split_list,
+    text_id,
+)
 
 # ---------------------------------------------------------------------------------------------- pairs
+
 
 def mean_win_probs(win_probs):
     """Each sample's mean win probability against the others: the row means without the diagonal. K x K -> K."""
@@ -126,15 +141,19 @@ def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: 
 
 # ---------------------------------------------------------------------------------------------- prompts and SFT data
 
+
 def load_rows(source, split, local):
     """Rows of a data set: a local .jsonl, .json or .parquet file, or a Hub data set through `datasets`."""
     from datasets import load_dataset
+
     if not local:
         try:
             return load_dataset(source, split=split)
         except Exception as error:  # `datasets` raises many kinds; all mean that there is no data
-            raise StageError(f"data set {source}: the Hub did not provide it ({first_line(error)}); "
-                             "give a local file of the same format with --local_file") from None
+            raise StageError(
+                f"data set {source}: the Hub did not provide it ({first_line(error)}); "
+                "give a local file of the same format with --local_file"
+            ) from None
     kind = "parquet" if local.endswith(".parquet") else "json"
     check_input(local, also="a Parquet file" if kind == "parquet" else "")
     try:
@@ -195,8 +214,10 @@ def make_prompts(
     texts = [text.strip() for text in rows[field] if text]
     unique = sorted({text for text in texts if text} - excluded, key=lambda text: (shuffle_key(seed, text), text))
     if len(unique) < num_test + num_splits:
-        raise StageError(f"{len(unique)} different prompts are too few for {num_test} test prompts (--num_test) and "
-                         f"{num_splits} train splits")
+        raise StageError(
+            f"{len(unique)} different prompts are too few for {num_test} test prompts (--num_test) and "
+            f"{num_splits} train splits"
+        )
     test, train = unique[:num_test], unique[num_test:]
     files = {name: train[i::num_splits] for i, name in enumerate(names)} | {"train": train, "test": test}
     for name, prompts in files.items():
@@ -204,8 +225,13 @@ def make_prompts(
             with jsonl_writer(Path(output_dir) / f"{name}.jsonl") as write:
                 for prompt in prompts:
                     write({"prompt_id": text_id(prompt), "prompt": prompt})
-    log.info("%s: %d rows, %d different prompts; %s", output_dir, len(texts), len(unique),
-             ", ".join(f"{name} {len(prompts)}" for name, prompts in files.items()))
+    log.info(
+        "%s: %d rows, %d different prompts; %s",
+        output_dir,
+        len(texts),
+        len(unique),
+        ", ".join(f"{name} {len(prompts)}" for name, prompts in files.items()),
+    )
 
 
 def make_sft(
@@ -248,24 +274,39 @@ def make_sft(
     counts, kept = Counter(), []  # (shuffle key, row): the rows themselves stay on disk
     for number, row in enumerate(tqdm(rows, desc="chats", unit="chat")):
         if not are_messages(row["messages"]):
-            raise StageError(f"{local_file or dataset}, row {number + 1}: messages should be messages of {{role, content}}, "
-                             f"got {repr(row['messages'])[:200]}")
+            raise StageError(
+                f"{local_file or dataset}, row {number + 1}: messages should be messages of {{role, content}}, "
+                f"got {repr(row['messages'])[:200]}"
+            )
         messages = first_exchange(row["messages"])
-        what = "without an answer" if not messages else "examples" if fits(messages) else f"longer than {max_length} tokens"
+        what = (
+            "without an answer"
+            if not messages
+            else "examples"
+            if fits(messages)
+            else f"longer than {max_length} tokens"
+        )
         counts[what] += 1
         if what == "examples":
             kept.append((shuffle_key(seed, f"{messages[-2]['content']}\0{number}"), number))
-    kept = [number for _, number in sorted(kept)][:limit or None]
+    kept = [number for _, number in sorted(kept)][: limit or None]
     if len(kept) <= num_validation:
-        raise StageError(f"{len(kept)} usable examples are too few for {num_validation} of validation (--num_validation)")
+        raise StageError(
+            f"{len(kept)} usable examples are too few for {num_validation} of validation (--num_validation)"
+        )
     with ExitStack() as stack:
         write_validation = stack.enter_context(jsonl_writer(validation_output))
         write_train = stack.enter_context(jsonl_writer(output))
         for position, number in enumerate(kept):
             write = write_validation if position < num_validation else write_train
             write({"prompt_id": str(number), "messages": first_exchange(rows[number]["messages"])})
-    log.info("%s: %s; %d train, %d validation", output, ", ".join(f"{count} {what}" for what, count in counts.items()),
-             len(kept) - num_validation, num_validation)
+    log.info(
+        "%s: %s; %d train, %d validation",
+        output,
+        ", ".join(f"{count} {what}" for what, count in counts.items()),
+        len(kept) - num_validation,
+        num_validation,
+    )
 
 
 def first_exchange(messages):
@@ -273,7 +314,7 @@ def first_exchange(messages):
     for position, message in enumerate(messages):
         if message["role"] == "assistant":
             usable = position and message["content"].strip() and messages[position - 1]["content"].strip()
-            return [{"role": m["role"], "content": m["content"]} for m in messages[:position + 1]] if usable else None
+            return [{"role": m["role"], "content": m["content"]} for m in messages[: position + 1]] if usable else None
     return None
 
 
@@ -282,14 +323,19 @@ def length_filter(tokenizer, max_length):
     if not tokenizer:
         return lambda messages: True
     from data_utils import encode_chat, encode_text, load_tokenizer
+
     loaded = load_tokenizer(tokenizer)
-    return lambda messages: (len(encode_chat(loaded, messages[:-1])) +
-                             len(encode_text(loaded, messages[-1]["content"])) + 1 <= max_length)
+    return lambda messages: (
+        len(encode_chat(loaded, messages[:-1])) + len(encode_text(loaded, messages[-1]["content"])) + 1 <= max_length
+    )
 
 
 # ---------------------------------------------------------------------------------------------- pairs from elsewhere
 
-def import_pairs(output: str, local_file: str = "", dataset: str = "trl-lib/ultrafeedback_binarized", split: str = "train"):
+
+def import_pairs(
+    output: str, local_file: str = "", dataset: str = "trl-lib/ultrafeedback_binarized", split: str = "train"
+):
     """Turn a preference data set in one of TRL's formats into pairs that get_logprobs.py takes.
 
     `chosen` and `rejected` are answers, as text or messages, beside a `prompt`, or whole conversations that differ in
@@ -305,8 +351,10 @@ def import_pairs(output: str, local_file: str = "", dataset: str = "trl-lib/ultr
     rows, counts = load_rows(dataset, split, local_file), Counter()
     missing = {"chosen", "rejected"} - set(rows.column_names)
     if missing:
-        raise StageError(f"{local_file or dataset} has no column {' nor '.join(sorted(missing))}; "
-                         f"it has {', '.join(rows.column_names)}")
+        raise StageError(
+            f"{local_file or dataset} has no column {' nor '.join(sorted(missing))}; "
+            f"it has {', '.join(rows.column_names)}"
+        )
     with jsonl_writer(output) as write:
         for number, row in enumerate(tqdm(rows, desc="pairs", unit="pair")):
             pair, left_out = as_pair(row)
@@ -332,7 +380,9 @@ def as_pair(row):
     roles = [[message["role"] for message in pair[name][-2:]] for name in ("chosen", "rejected")]
     if roles != [["assistant"], ["assistant"]] or not prompt or prompt[-1]["role"] != "user":
         return None, "without a prompt and two answers"
-    if not all(isinstance(message["content"], str) and message["content"] for part in pair.values() for message in part):
+    if not all(
+        isinstance(message["content"], str) and message["content"] for part in pair.values() for message in part
+    ):
         return None, "empty or without text"
     return pair, None
 

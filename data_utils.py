@@ -9,10 +9,21 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from utils import (StageError, are_messages, check_probability, check_token_ids, first_line, has_tokenizer, resolve_model,
-                   resolve_tokenizer, scan_jsonl, text_id)
+from utils import (
+    StageError,
+    are_messages,
+    check_probability,
+    check_token_ids,
+    first_line,
+    has_tokenizer,
+    resolve_model,
+    resolve_tokenizer,
+    scan_jsonl,
+    text_id,
+)
 
 # ---------------------------------------------------------------------------------------------- tokenizers
+
 
 def load_tokenizer(model, tokenizer=""):
     """The tokenizer of `tokenizer` (a path or Hub id) or, when that is empty, of the model.
@@ -20,14 +31,16 @@ def load_tokenizer(model, tokenizer=""):
     Raises StageError when there is none, it has no chat template, or the model has one of its own with other ids.
     """
     from transformers import AutoTokenizer
+
     source = resolve_tokenizer(model, tokenizer)
     if Path(source).is_dir() and not has_tokenizer(source):  # of some models transformers would make up an empty one
         raise StageError(f"no tokenizer in {source}; name one with --tokenizer (--judge_tokenizer)")
     try:
         loaded = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise StageError(f"no tokenizer in {source} ({first_line(error)}); name one with "
-                         "--tokenizer (--judge_tokenizer)") from None
+        raise StageError(
+            f"no tokenizer in {source} ({first_line(error)}); name one with --tokenizer (--judge_tokenizer)"
+        ) from None
     if not loaded.chat_template:
         raise StageError(f"the tokenizer of {source} has no chat template; name another one with --tokenizer")
     try:
@@ -43,17 +56,21 @@ def check_vocabulary(tokenizer, source, model):
     """Raise StageError where the model has a tokenizer of its own whose ids stand for other tokens than those of
     `tokenizer`, which came from `source`."""
     from transformers import AutoTokenizer
+
     directory = resolve_model(model)
     if not has_tokenizer(directory):
         return
     own = {number: token for token, number in AutoTokenizer.from_pretrained(directory).get_vocab().items()}
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if own.get(number, token) != token:
-            raise StageError(f"{source} does not have the tokenizer of {model}: id {number} is {token!r} there and "
-                             f"{own[number]!r} here; name the one that the model was trained with")
+            raise StageError(
+                f"{source} does not have the tokenizer of {model}: id {number} is {token!r} there and "
+                f"{own[number]!r} here; name the one that the model was trained with"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- chat encoding
+
 
 def encode_chat(tokenizer, messages, add_generation_prompt=True):
     """Token ids of a chat. The template's special tokens become themselves; the same spellings inside the
@@ -71,8 +88,9 @@ def encode_chat(tokenizer, messages, add_generation_prompt=True):
     # that every spelling in the rendered text is the template's own.
     free = (chr(code) for code in itertools.count(0xE000) if chr(code) not in contents)
     hidden = {token: next(free) for token in set(pattern.findall(contents))}
-    masked = [{**message, "content": pattern.sub(lambda match: hidden[match[0]], message["content"])}
-              for message in messages]
+    masked = [
+        {**message, "content": pattern.sub(lambda match: hidden[match[0]], message["content"])} for message in messages
+    ]
     text = tokenizer.apply_chat_template(masked, tokenize=False, add_generation_prompt=add_generation_prompt)
     restore = str.maketrans({character: token for token, character in hidden.items()})
     ids = []
@@ -106,13 +124,15 @@ def end_token_id(tokenizer):
     """The token that the chat template puts after an assistant's answer (`<|im_end|>`, `<|eot_id|>`), else EOS."""
     marker = "answer"
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}], tokenize=False)
-    following = tokenizer.encode(text[text.rindex(marker) + len(marker):], add_special_tokens=False)
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}], tokenize=False
+    )
+    following = tokenizer.encode(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return next((token for token in following if token in special), tokenizer.eos_token_id)
 
 
 # ---------------------------------------------------------------------------------------------- datasets
+
 
 class JsonlDataset(Dataset):
     """Random access to the lines of a JSONL file; memory holds an offset, an id and a weight a line, not the records.
@@ -152,8 +172,9 @@ class JsonlDataset(Dataset):
 
 TOKEN_FIELDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 PAIR_FIELDS = {"prompt_id": str} | dict.fromkeys(TOKEN_FIELDS, list)
-LOGP_FIELDS = {name: (float, int) for name in
-               ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")}
+LOGP_FIELDS = dict.fromkeys(
+    ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp"), (float, int)
+)
 
 
 TOKENIZER_CHECKS = 100  # records of a file whose token ids are compared with their text
@@ -163,8 +184,10 @@ def check_text(where, tokenizer, messages, ids):
     """Raise StageError unless the response's token ids stand for its text."""
     text, decoded = messages[-1]["content"], tokenizer.decode(ids, skip_special_tokens=True)
     if decoded != text:
-        raise StageError(f"{where}: the token ids are not those of the text under this tokenizer ({decoded[:40]!r} for "
-                         f"{text[:40]!r}); was the file made with another model's? Name that one with --tokenizer")
+        raise StageError(
+            f"{where}: the token ids are not those of the text under this tokenizer ({decoded[:40]!r} for "
+            f"{text[:40]!r}); was the file made with another model's? Name that one with --tokenizer"
+        )
 
 
 class PairDataset(JsonlDataset):
@@ -191,7 +214,9 @@ class PairDataset(JsonlDataset):
         for name in LOGP_FIELDS:
             # Rounding may lift a certain token above 0.
             if name in record and not (type(record[name]) in (int, float) and -1e30 < record[name] <= 1e-3):
-                raise StageError(f"{where}: {name} should be a log-probability, 0 or less, got {repr(record[name])[:100]}")
+                raise StageError(
+                    f"{where}: {name} should be a log-probability, 0 or less, got {repr(record[name])[:100]}"
+                )
         return record["prompt_id"], 1.0, sum(len(record[name]) for name in TOKEN_FIELDS)
 
     def collate(self, records):
@@ -222,7 +247,9 @@ class UnscoredPairDataset(PairDataset):
     def check(self, record):
         record = self.complete(record)
         if record["prompt_id"] in self.seen:
-            raise StageError(f"{self.where}: prompt_id {record['prompt_id']!r} (made from the text) occurs a second time")
+            raise StageError(
+                f"{self.where}: prompt_id {record['prompt_id']!r} (made from the text) occurs a second time"
+            )
         self.seen.add(record["prompt_id"])
         return super().check(record)
 
@@ -233,8 +260,10 @@ class UnscoredPairDataset(PairDataset):
         ids = [name for name in TOKEN_FIELDS if name in record]
         has_ids = len(ids) == 3 and "prompt_id" in record
         if ids and not has_ids:
-            raise StageError(f"{self.where} has {', '.join(ids)} but not all of {', '.join(PAIR_FIELDS)}; "
-                             "give all of them, or text alone")
+            raise StageError(
+                f"{self.where} has {', '.join(ids)} but not all of {', '.join(PAIR_FIELDS)}; "
+                "give all of them, or text alone"
+            )
         for name, last in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
             check_messages(self.where, name, record[name], last, alone=name != "prompt", may_be_empty=has_ids)
         if has_ids:
@@ -243,17 +272,28 @@ class UnscoredPairDataset(PairDataset):
         ids = {f"{side}_token_ids": encode_text(self.tokenizer, text) + [self.end_id] for side, text in texts.items()}
         everything = json.dumps([record["prompt"], record["chosen"], record["rejected"]])  # prompts may repeat
         prompt_id = str(record.get("prompt_id", text_id(everything)))
-        return {"win_prob": 1.0} | record | ids | {
-            "prompt_id": prompt_id, "prompt_token_ids": encode_chat(self.tokenizer, record["prompt"])}
+        return (
+            {"win_prob": 1.0}
+            | record
+            | ids
+            | {"prompt_id": prompt_id, "prompt_token_ids": encode_chat(self.tokenizer, record["prompt"])}
+        )
 
 
 def check_messages(where, name, messages, last_role, alone=False, may_be_empty=False):
     """Raise StageError unless `messages` are {role, content} and end with text of `last_role`, which may be empty where
     token ids say what it stands for, and hold nothing else when `alone`."""
-    if not (are_messages(messages) and messages and messages[-1]["role"] == last_role and
-            (messages[-1]["content"] or may_be_empty) and (len(messages) == 1 or not alone)):
-        raise StageError(f"{where}: {name} should be {'one message' if alone else 'messages'} of {{role, content}} "
-                         f"{'by' if alone else 'ending with text by'} the {last_role}, got {str(messages)[:200]}")
+    if not (
+        are_messages(messages)
+        and messages
+        and messages[-1]["role"] == last_role
+        and (messages[-1]["content"] or may_be_empty)
+        and (len(messages) == 1 or not alone)
+    ):
+        raise StageError(
+            f"{where}: {name} should be {'one message' if alone else 'messages'} of {{role, content}} "
+            f"{'by' if alone else 'ending with text by'} the {last_role}, got {str(messages)[:200]}"
+        )
 
 
 class ChatDataset(JsonlDataset):
@@ -281,12 +321,16 @@ class ChatDataset(JsonlDataset):
         """{"prompt_id", "prompt_token_ids", "response_token_ids"} of one chat; the end token is part of the answer."""
         messages = record["messages"]
         if not (are_messages(messages) and len(messages) > 1 and messages[-1]["role"] == "assistant"):
-            raise StageError(f"{self.where}: messages should be {{role, content}} each, a prompt first and the assistant's "
-                             f"answer last, got {str(messages)[:200]}")
+            raise StageError(
+                f"{self.where}: messages should be {{role, content}} each, a prompt first and the assistant's "
+                f"answer last, got {str(messages)[:200]}"
+            )
         *context, answer = messages
-        return {"prompt_id": str(record.get("prompt_id", context[-1]["content"][:40])),
-                "prompt_token_ids": encode_chat(self.tokenizer, context),
-                "response_token_ids": encode_text(self.tokenizer, answer["content"]) + [self.end_id]}
+        return {
+            "prompt_id": str(record.get("prompt_id", context[-1]["content"][:40])),
+            "prompt_token_ids": encode_chat(self.tokenizer, context),
+            "response_token_ids": encode_text(self.tokenizer, answer["content"]) + [self.end_id],
+        }
 
     def collate(self, records):
         """A batch of chats: `rows` of (prompt, [answer]) token ids, see logps.py; `num_tokens` of the answers (B,);
@@ -308,9 +352,13 @@ def check_tokens(path, record, field, vocab_size, max_length):
         raise StageError(f"{where}: prompt_token_ids and {field} should not be empty")
     if len(prompt) + len(response) > max_length:
         command = "make_sft" if field == "response_token_ids" else "make_pairs"
-        raise StageError(f"{where}: {len(prompt)} prompt and {len(response)} response tokens exceed --max_length "
-                         f"{max_length}; raise it, or filter with {command} --max_length")
+        raise StageError(
+            f"{where}: {len(prompt)} prompt and {len(response)} response tokens exceed --max_length "
+            f"{max_length}; raise it, or filter with {command} --max_length"
+        )
     outside = [token for token in prompt + response if not 0 <= token < vocab_size]
     if outside:
-        raise StageError(f"{where}: token {outside[0]} is outside the model's vocabulary of {vocab_size}; "
-                         "was the file made with another model's tokenizer?")
+        raise StageError(
+            f"{where}: token {outside[0]} is outside the model's vocabulary of {vocab_size}; "
+            "was the file made with another model's tokenizer?"
+        )

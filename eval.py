@@ -35,8 +35,25 @@ import numpy as np
 import nash
 from export import export_files
 from judges import JudgeConfig, judge_figures, judge_files
-from utils import (StageError, check_at_least, check_output_file, derive_seed, dump_json, file_lists, fingerprint,
-                   first_line, jsonl_writer, log, read_jsonl, read_prompts, read_scores, run, split_list, text_id, write_text)
+from utils import (
+    StageError,
+    check_at_least,
+    check_output_file,
+    derive_seed,
+    dump_json,
+    file_lists,
+    fingerprint,
+    first_line,
+    jsonl_writer,
+    log,
+    read_jsonl,
+    read_prompts,
+    read_scores,
+    run,
+    split_list,
+    text_id,
+    write_text,
+)
 from vllm_model import Sampler, SamplerConfig
 from workers import map_files
 
@@ -45,6 +62,7 @@ RESPONSE_FIELDS = {"prompt_id": str, "prompt": str, "samples": list}
 
 # ---------------------------------------------------------------------------------------------- generate
 
+
 def alpaca_eval(output: str):
     """Write AlpacaEval's 805 instructions as a prompt file.
 
@@ -52,11 +70,14 @@ def alpaca_eval(output: str):
         output: prompt file
     """
     from huggingface_hub import hf_hub_download
+
     try:  # the Hub's plain JSON, no data set script
         source = hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
     except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no file
-        raise StageError(f"AlpacaEval's instructions could not be fetched from the Hub ({first_line(error)}); "
-                         "give a prompt file with --input") from None
+        raise StageError(
+            f"AlpacaEval's instructions could not be fetched from the Hub ({first_line(error)}); "
+            "give a prompt file with --input"
+        ) from None
     with open(source, encoding="utf-8") as file:
         rows = json.load(file)
     with jsonl_writer(output) as write:
@@ -87,12 +108,15 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
 
 # ---------------------------------------------------------------------------------------------- compare
 
+
 def read_responses(path):
     """Yield the records of a responses file, ours or another's; raises StageError for one without a response."""
     for record in read_jsonl(path, RESPONSE_FIELDS):
         sample = record["samples"][0] if record["samples"] else None
         if not (isinstance(sample, dict) and isinstance(sample.get("text"), str)):
-            raise StageError(f"{path}: prompt_id {record['prompt_id']} has no response: samples[0] should be {{text, ...}}")
+            raise StageError(
+                f"{path}: prompt_id {record['prompt_id']} has no response: samples[0] should be {{text, ...}}"
+            )
         yield record
 
 
@@ -108,15 +132,20 @@ def join_responses(responses_path, baseline_path):
         if other is None:
             missing.append(record["prompt_id"])
         elif record["prompt"] != other["prompt"]:
-            raise StageError(f"{responses_path} and {baseline_path} have different prompts under prompt_id "
-                             f"{record['prompt_id']}")
+            raise StageError(
+                f"{responses_path} and {baseline_path} have different prompts under prompt_id {record['prompt_id']}"
+            )
         else:
-            yield {"prompt_id": record["prompt_id"], "prompt": record["prompt"],
-                   "samples": [record["samples"][0], other["samples"][0]]}
+            yield {
+                "prompt_id": record["prompt_id"],
+                "prompt": record["prompt"],
+                "samples": [record["samples"][0], other["samples"][0]],
+            }
     for path, ids in ((baseline_path, missing), (responses_path, list(baseline))):
         if ids:
-            raise StageError(f"{path} has no response to {len(ids)} prompts of the other file, first "
-                             + ", ".join(ids[:10]))
+            raise StageError(
+                f"{path} has no response to {len(ids)} prompts of the other file, first " + ", ".join(ids[:10])
+            )
 
 
 def compare(responses: str, baseline: str, output: str, seed: int = 0, **judge: JudgeConfig):
@@ -152,9 +181,17 @@ def write_summaries(files, seed=0):
         summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(list(read_jsonl(path)), seed)
         write_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
         low, high = summary["win_rate_interval"]
-        log.info("%s against %s: win rate %.1f %% [%.1f, %.1f], mean probability %.3f, %d prompts, %d ties",
-                 ours, theirs, 100 * summary["win_rate"], 100 * low, 100 * high,
-                 summary["mean_win_prob"], summary["num_prompts"], summary["num_ties"])
+        log.info(
+            "%s against %s: win rate %.1f %% [%.1f, %.1f], mean probability %.3f, %d prompts, %d ties",
+            ours,
+            theirs,
+            100 * summary["win_rate"],
+            100 * low,
+            100 * high,
+            summary["mean_win_prob"],
+            summary["num_prompts"],
+            summary["num_ties"],
+        )
 
 
 def summarise(comparisons, seed=0, num_bootstrap=10_000):
@@ -182,8 +219,10 @@ def summarise(comparisons, seed=0, num_bootstrap=10_000):
         "mean_win_prob": float(probs.mean()),
         "mean_win_prob_interval": prob_interval,
         **judge_figures(comparisons),
-        "mean_tokens": [sum(len(s["token_ids"]) for s in side) / len(side) if all("token_ids" in s for s in side) else None
-                        for side in samples],  # responses from elsewhere may have none
+        "mean_tokens": [
+            sum(len(s["token_ids"]) for s in side) / len(side) if all("token_ids" in s for s in side) else None
+            for side in samples
+        ],  # responses from elsewhere may have none
         "mean_characters": [sum(len(s["text"]) for s in side) / len(side) for side in samples],
     }
 
@@ -193,8 +232,9 @@ def summarise(comparisons, seed=0, num_bootstrap=10_000):
 MEASURES = ("mean_win_prob", "win_rate")
 
 
-def matrix(responses: str, output: str, names: str = "", measure: str = "mean_win_prob", seed: int = 0,
-           **judge: JudgeConfig):
+def matrix(
+    responses: str, output: str, names: str = "", measure: str = "mean_win_prob", seed: int = 0, **judge: JudgeConfig
+):
     """All against all: every two sets of responses judged in both orders, and the game between them.
 
     Does the last one win at least half against every other? What has been judged before, between the same responses by
@@ -228,9 +268,15 @@ def matrix(responses: str, output: str, names: str = "", measure: str = "mean_wi
     log.info("%d comparisons, %d of them judged before", len(cells), len(cells) - len(missing))
     if missing:
         judge_responses([(paths[i], paths[j], path) for path, (i, j) in missing.items()], config, seed)
-    result = {"names": labels, "responses": list(map(str, paths)), "judge": config.judge, "measure": measure,
-              **play(*win_probs_by_prompt(cells, len(paths)), measure, seed)}
+    result = {
+        "names": labels,
+        "responses": list(map(str, paths)),
+        "judge": config.judge,
+        "measure": measure,
+        **play(*win_probs_by_prompt(cells, len(paths)), measure, seed),
+    }
     from plots import draw_matrix
+
     write_text(target.with_suffix(".svg"), draw_matrix(result, whole_file=True))
     write_text(target, json.dumps(result, indent=2) + "\n")
     print_matrix(result)
@@ -246,10 +292,13 @@ def short_names(paths):
 def win_probs_by_prompt(cells, count):
     """P(i beats j) prompt by prompt, (K, K, N) with 1/2 on the diagonal, over the N prompts that every cell has, and N's
     total number."""
-    found = {pair: {record["prompt_id"]: record["win_probs"][0][1] for record in read_jsonl(path)}
-             for pair, path in cells.items()}
-    everywhere = [prompt_id for prompt_id in next(iter(found.values()))
-                  if all(prompt_id in probs for probs in found.values())]
+    found = {
+        pair: {record["prompt_id"]: record["win_probs"][0][1] for record in read_jsonl(path)}
+        for pair, path in cells.items()
+    }
+    everywhere = [
+        prompt_id for prompt_id in next(iter(found.values())) if all(prompt_id in probs for probs in found.values())
+    ]
     if not everywhere:
         raise StageError("no prompt was judged in every comparison")
     total = len(set().union(*found.values()))
@@ -284,8 +333,7 @@ def play(probs, total, measure="mean_win_prob", seed=0, num_bootstrap=2_000):
     low, high = interval(drawn)
     others = np.where(np.eye(count, dtype=bool)[:, :, None], np.inf, drawn)
     worst_low, worst_high = interval(others.min(axis=1))  # (K,)
-    off_diagonal = lambda entry: [[None if i == j else entry(i, j) for j in range(count)]  # noqa: E731
-                                  for i in range(count)]
+    off_diagonal = lambda entry: [[None if i == j else entry(i, j) for j in range(count)] for i in range(count)]
     worst = nash.worst_case(win)
     return {
         "num_prompts": num_prompts,
@@ -293,8 +341,10 @@ def play(probs, total, measure="mean_win_prob", seed=0, num_bootstrap=2_000):
         "win": off_diagonal(lambda i, j: float(win[i, j])),
         "win_interval": off_diagonal(lambda i, j: [float(low[i, j]), float(high[i, j])]),
         "nash_mixture": nash.nash_mixture(win).tolist(),
-        "worst_case": [{"against": j, "win": value, "interval": [float(worst_low[i]), float(worst_high[i])]}
-                       for i, (j, value) in enumerate(worst)],
+        "worst_case": [
+            {"against": j, "win": value, "interval": [float(worst_low[i]), float(worst_high[i])]}
+            for i, (j, value) in enumerate(worst)
+        ],
         "last_duality_gap": 1 - 2 * worst[-1][1],
         "last_duality_gap_interval": [1 - 2 * float(worst_high[-1]), 1 - 2 * float(worst_low[-1])],
     }
@@ -304,21 +354,35 @@ def print_matrix(result):
     """The matrix in per cent, each player's worst case and share in the Nash mixture, and the answer for the last one."""
     names = result["names"]
     width = max(8, *map(len, names)) + 1
-    print(f"\n{'row beats column':{width + 8}}" + "".join(f"{name:>{width}}" for name in names)
-          + f"{'worst':>9}{'Nash':>8}   ({result['measure']}, %, {result['num_prompts']} prompts)")
+    print(
+        f"\n{'row beats column':{width + 8}}"
+        + "".join(f"{name:>{width}}" for name in names)
+        + f"{'worst':>9}{'Nash':>8}   ({result['measure']}, %, {result['num_prompts']} prompts)"
+    )
     for name, row, worst, share in zip(names, result["win"], result["worst_case"], result["nash_mixture"]):
-        print(f"{name:{width + 8}}" + "".join(f"{'-' if p is None else f'{100 * p:.1f}':>{width}}" for p in row)
-              + f"{100 * worst['win']:9.1f}{share:8.3f}")
+        print(
+            f"{name:{width + 8}}"
+            + "".join(f"{'-' if p is None else f'{100 * p:.1f}':>{width}}" for p in row)
+            + f"{100 * worst['win']:9.1f}{share:8.3f}"
+        )
     last, (low, high) = result["worst_case"][-1], result["worst_case"][-1]["interval"]
-    verdict = ("wins at least half against every other" if low >= 0.5 else
-               "won at least half against every other; one half lies in the interval" if last["win"] >= 0.5 else
-               "may win half against every other: one half lies in the interval" if high >= 0.5 else
-               "does not win half against every other")
-    print(f"\n{names[-1]} {verdict}. Its worst: {100 * last['win']:.1f} % against {names[last['against']]} "
-          f"(95 % interval of the worst over all: {100 * low:.1f} to {100 * high:.1f})")
+    verdict = (
+        "wins at least half against every other"
+        if low >= 0.5
+        else "won at least half against every other; one half lies in the interval"
+        if last["win"] >= 0.5
+        else "may win half against every other: one half lies in the interval"
+        if high >= 0.5
+        else "does not win half against every other"
+    )
+    print(
+        f"\n{names[-1]} {verdict}. Its worst: {100 * last['win']:.1f} % against {names[last['against']]} "
+        f"(95 % interval of the worst over all: {100 * low:.1f} to {100 * high:.1f})"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- intransitivity
+
 
 def intransitivity(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
     """Is the judge intransitive? Cycles among the responses that it compared, and what no reward model explains.
@@ -336,6 +400,7 @@ def intransitivity(input: str, output: str = "", margin: float = 0.1, seed: int 
         seed: of the bootstrap
     """
     from intransitivity import measure
+
     paths = file_lists(input=input)[0]
     target = Path(output) if output else Path(paths[0]).with_suffix(".intransitivity.json")
     if target.suffix != ".json":
@@ -345,6 +410,7 @@ def intransitivity(input: str, output: str = "", margin: float = 0.1, seed: int 
     records = itertools.chain.from_iterable(read_scores(path) for path in paths)
     figures, strengths, odds = measure(records, margin, seed)
     from plots import draw_intransitivity
+
     write_text(target.with_suffix(".svg"), draw_intransitivity(figures, strengths, odds))
     write_text(target, json.dumps({"input": list(map(str, paths))} | figures, indent=2) + "\n")
     print_intransitivity(figures)
@@ -353,21 +419,31 @@ def intransitivity(input: str, output: str = "", margin: float = 0.1, seed: int 
 
 def print_intransitivity(figures):
     margin = f"{100 * (0.5 + figures['margin']):g} %"
-    print(f"\n{figures['num_prompts']:,} prompts, {figures['num_triples']:,} triples of different responses "
-          f"({figures['num_left_out']:,} prompts have fewer than three)\n")
+    print(
+        f"\n{figures['num_prompts']:,} prompts, {figures['num_triples']:,} triples of different responses "
+        f"({figures['num_left_out']:,} prompts have fewer than three)\n"
+    )
     for name, label, note in (
-            ("cyclic_triples", "cyclic triples, %", "each beats the next; 25 % where a coin decides"),
-            ("cyclic_triples_with_margin", "  with a margin, %", f"each beats the next with more than {margin}"),
-            ("cyclic_part", "cyclic part of the log-odds, %", "what no Bradley-Terry score explains, of the squares"),
-            ("order_gap", "position disagreement, %", "between P(first beats second) in the two orders, the mean")):
+        ("cyclic_triples", "cyclic triples, %", "each beats the next; 25 % where a coin decides"),
+        ("cyclic_triples_with_margin", "  with a margin, %", f"each beats the next with more than {margin}"),
+        ("cyclic_part", "cyclic part of the log-odds, %", "what no Bradley-Terry score explains, of the squares"),
+        ("order_gap", "position disagreement, %", "between P(first beats second) in the two orders, the mean"),
+    ):
         low, high = figures[f"{name}_interval"]
         print(f"{label:32}{100 * figures[name]:7.2f}   [{100 * low:.2f}, {100 * high:.2f}]   {note}")
     found = figures["cyclic_triples_with_margin_interval"][0] > 0
-    print("\nThe judge " + (f"is intransitive: it has cycles in which each step is won with more than {margin}." if found else
-                            f"shows no cycle in which each step is won with more than {margin}, or too few to tell."))
+    print(
+        "\nThe judge "
+        + (
+            f"is intransitive: it has cycles in which each step is won with more than {margin}."
+            if found
+            else f"shows no cycle in which each step is won with more than {margin}, or too few to tell."
+        )
+    )
 
 
 # ---------------------------------------------------------------------------------------------- report, other tools
+
 
 def report(experiments: list, output: str = "", num_prompts: int = 40):
     """A page with all figures and plots of a run, finished or not, and its responses side by side: see report.py.
@@ -378,6 +454,7 @@ def report(experiments: list, output: str = "", num_prompts: int = 40):
         num_prompts: prompts on the page of responses
     """
     from report import write_report
+
     write_report(list(map(Path, experiments)), Path(output) if output else None, num_prompts)
 
 
@@ -395,9 +472,20 @@ def export(format: str, input: str, output: str, name: str = ""):
     log.info("%s: written", output)
 
 
-def harness(model: str, tasks: str, output: str, tokenizer: str = "", backend: str = "vllm", include_path: str = "",
-            num_fewshot: int = -1, limit: int = 0, chat_template: bool = True, max_model_len: int = 4096,
-            tensor_parallel_size: int = 1, seed: int = 0):
+def harness(
+    model: str,
+    tasks: str,
+    output: str,
+    tokenizer: str = "",
+    backend: str = "vllm",
+    include_path: str = "",
+    num_fewshot: int = -1,
+    limit: int = 0,
+    chat_template: bool = True,
+    max_model_len: int = 4096,
+    tensor_parallel_size: int = 1,
+    seed: int = 0,
+):
     """Academic benchmarks through lm-evaluation-harness (pip install lm_eval).
 
     Args:
@@ -415,12 +503,26 @@ def harness(model: str, tasks: str, output: str, tokenizer: str = "", backend: s
         seed: of the harness
     """
     from harness import BACKENDS, run_tasks
+
     if backend not in BACKENDS:
         raise StageError(f"--backend should be one of {', '.join(BACKENDS)}, got {backend}")
     check_output_file("output", output)
-    print(run_tasks(model, split_list(tasks), output, tokenizer, backend, include_path,
-                    num_fewshot if num_fewshot >= 0 else None, limit or None, chat_template, max_model_len,
-                    tensor_parallel_size, seed))
+    print(
+        run_tasks(
+            model,
+            split_list(tasks),
+            output,
+            tokenizer,
+            backend,
+            include_path,
+            num_fewshot if num_fewshot >= 0 else None,
+            limit or None,
+            chat_template,
+            max_model_len,
+            tensor_parallel_size,
+            seed,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -36,14 +36,17 @@ def alpaca_eval(inputs, output, name):
     source = _one(inputs, "alpaca_eval")
     check_input(source)
     name = name or source.parent.parent.name
-    rows = [{"instruction": record["prompt"], "output": record["samples"][0]["text"], "generator": name}
-            for record in read_jsonl(source, {"prompt": str, "samples": list})]
+    rows = [
+        {"instruction": record["prompt"], "output": record["samples"][0]["text"], "generator": name}
+        for record in read_jsonl(source, {"prompt": str, "samples": list})
+    ]
     write_text(output, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def hf(inputs, output, name):
     """Parquet files under data/ and a card; the split is the beginning of the file's name (train.pairs.jsonl: train)."""
     from datasets import load_dataset
+
     splits = {}
     for source in map(Path, inputs):
         check_input(source)
@@ -53,13 +56,16 @@ def hf(inputs, output, name):
     with _folder(output) as folder:
         for split, files in splits.items():
             (folder / "data").mkdir(exist_ok=True)
-            load_dataset("json", data_files=files, split="train").to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+            load_dataset("json", data_files=files, split="train").to_parquet(
+                folder / f"data/{split}-00000-of-00001.parquet"
+            )
         (folder / "README.md").write_text(
             "---\ntags: [preference, trl, comal]\nconfigs:\n- config_name: default\n  data_files:\n"
             + "".join(f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in splits)
             + f"---\n\n# {name or 'Preference pairs'}\n\nPairs in TRL's conversational preference format. `win_prob` is the "
             "judge's probability that `chosen` beats `rejected`; the `*_token_ids` are those that were sampled.\n",
-            encoding="utf-8")
+            encoding="utf-8",
+        )
 
 
 def hub(inputs, output, name):
@@ -86,16 +92,25 @@ def model_card(checkpoint, name=""):
         header.append(f"base_model: {base}")
     lines = ["---", *header, "---", "", f"# {title}", ""]
     if run:
-        lines += [f"A policy aligned with general preferences by `METHOD={run['METHOD']}` of COMAL "
-                  "([paper](https://arxiv.org/abs/2410.23223)): "
-                  f"{iteration.name} of a run that started from `{base}` and was judged by `{run['JUDGE']}`.", ""]
+        lines += [
+            f"A policy aligned with general preferences by `METHOD={run['METHOD']}` of COMAL "
+            "([paper](https://arxiv.org/abs/2410.23223)): "
+            f"{iteration.name} of a run that started from `{base}` and was judged by `{run['JUDGE']}`.",
+            "",
+        ]
     results = [(against, _json(iteration / f"eval/vs_{against}.json")) for against in ("start", "previous")]
     if any(found for _, found in results):
-        lines += ["| against | win rate, 95 % interval | mean win probability | prompts | mean tokens, ours and theirs |",
-                  "|---|---|---|---|---|"]
-        lines += [f"| {against} | {100 * r['win_rate']:.1f} % [{100 * r['win_rate_interval'][0]:.1f}, "
-                  f"{100 * r['win_rate_interval'][1]:.1f}] | {r['mean_win_prob']:.3f} | {r['num_prompts']} | "
-                  f"{r['mean_tokens'][0]:.0f}, {r['mean_tokens'][1]:.0f} |" for against, r in results if r]
+        lines += [
+            "| against | win rate, 95 % interval | mean win probability | prompts | mean tokens, ours and theirs |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {against} | {100 * r['win_rate']:.1f} % [{100 * r['win_rate_interval'][0]:.1f}, "
+            f"{100 * r['win_rate_interval'][1]:.1f}] | {r['mean_win_prob']:.3f} | {r['num_prompts']} | "
+            f"{r['mean_tokens'][0]:.0f}, {r['mean_tokens'][1]:.0f} |"
+            for against, r in results
+            if r
+        ]
         lines += ["", "Judged by the training's own judge, in both orders.", ""]
     for heading, settings in (("Training", training), ("Run", run)):
         if settings:

@@ -27,8 +27,18 @@ from tqdm import tqdm
 from data_utils import UnscoredPairDataset, check_vocabulary, load_tokenizer
 from logps import response_logps
 from train_utils import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
-from utils import (StageError, check_at_least, check_weights, file_lists, fingerprint, jsonl_writer, log,
-                   model_fingerprint, resolve_model, run)
+from utils import (
+    StageError,
+    check_at_least,
+    check_weights,
+    file_lists,
+    fingerprint,
+    jsonl_writer,
+    log,
+    model_fingerprint,
+    resolve_model,
+    run,
+)
 from workers import Journal
 
 GATHER_EVERY = 64  # forward passes between two exchanges among processes
@@ -40,8 +50,9 @@ def model_logps(name, datasets, journals, tokens, accelerator):
     Batches are the same wherever an earlier run was stopped; those that `journals` (the main process's, one a data set)
     holds are not computed again.
     """
-    finished = [[prompt_id in journal.offsets for prompt_id in dataset.ids]
-                for journal, dataset in zip(journals, datasets)]
+    finished = [
+        [prompt_id in journal.offsets for prompt_id in dataset.ids] for journal, dataset in zip(journals, datasets)
+    ]
     (finished,) = broadcast_object_list([finished])
     if not all(map(all, finished)):
         model = load_model(name)
@@ -51,17 +62,25 @@ def model_logps(name, datasets, journals, tokens, accelerator):
         for number, dataset in enumerate(datasets):
             batches = micro_batches(range(len(dataset)), dataset.lengths, tokens)
             left = [batch for batch in batches if not all(finished[number][i] for i in batch)]
-            bar = tqdm(total=len(dataset), initial=len(dataset) - sum(map(len, left)), unit="pair",
-                       desc=f"log-probabilities {name}", disable=not accelerator.is_main_process)
+            bar = tqdm(
+                total=len(dataset),
+                initial=len(dataset) - sum(map(len, left)),
+                unit="pair",
+                desc=f"log-probabilities {name}",
+                disable=not accelerator.is_main_process,
+            )
             for found in compute(model, dataset, list(local_batches(left, accelerator)), accelerator):
                 if accelerator.is_main_process:
-                    journals[number].append([{"prompt_id": dataset.ids[index], "logps": logps}
-                                             for index, *logps in found])
+                    journals[number].append(
+                        [{"prompt_id": dataset.ids[index], "logps": logps} for index, *logps in found]
+                    )
                 bar.update(len(found))
             bar.close()
         accelerator.free_memory(model)
-    return [[json.loads(line)["logps"] for line in journal.lines(dataset.ids)]
-            for journal, dataset in zip(journals, datasets)]
+    return [
+        [json.loads(line)["logps"] for line in journal.lines(dataset.ids)]
+        for journal, dataset in zip(journals, datasets)
+    ]
 
 
 def compute(model, dataset, batches, accelerator):
@@ -71,7 +90,7 @@ def compute(model, dataset, batches, accelerator):
     """
     for first in range(0, len(batches), GATHER_EVERY):
         found = []
-        for indices, counts in batches[first:first + GATHER_EVERY]:
+        for indices, counts in batches[first : first + GATHER_EVERY]:
             rows = dataset.collate([dataset[i] for i in indices])["rows"]
             with torch.no_grad():
                 chosen, rejected = response_logps(model, rows, accelerator.device).chunk(2)
@@ -94,8 +113,15 @@ def write(dataset, path, last, ref):
     log.info("%s: %d pairs", path, len(dataset))
 
 
-def main(model: str, reference: str, input: str, output: str, tokenizer: str = "", micro_batch_tokens: int = 0,
-         max_length: int = 2048):
+def main(
+    model: str,
+    reference: str,
+    input: str,
+    output: str,
+    tokenizer: str = "",
+    micro_batch_tokens: int = 0,
+    max_length: int = 2048,
+):
     """Add the log-probabilities under the last policy and the reference to pairs.
 
     Args:
@@ -122,8 +148,14 @@ def main(model: str, reference: str, input: str, output: str, tokenizer: str = "
     journals = []  # one a model and file
     for label, name in zip(("last", "ref"), names):
         made_with = {"model": model_fingerprint(name), "tokenizer": tokenizer, "precision": accelerator.mixed_precision}
-        journals.append([Journal(f"{target}.{label}", made_with | {"contents of --input": fingerprint(source)})
-                         for source, target in zip(inputs, outputs)] if accelerator.is_main_process else [])
+        journals.append(
+            [
+                Journal(f"{target}.{label}", made_with | {"contents of --input": fingerprint(source)})
+                for source, target in zip(inputs, outputs)
+            ]
+            if accelerator.is_main_process
+            else []
+        )
     logps = [model_logps(name, datasets, own, micro_batch_tokens, accelerator) for name, own in zip(names, journals)]
     if accelerator.is_main_process:
         for dataset, path, last, ref in zip(datasets, outputs, logps[0], logps[-1]):

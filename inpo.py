@@ -31,13 +31,26 @@ def main(eta: float = 0.002, tau_eta_ratio: float = 1 / 3, soft_labels: bool = F
     def compute_loss(logps, batch):
         chosen, rejected = logps.chunk(2)
         return inpo_loss(
-            chosen, rejected,
-            batch["ref_chosen_logps"], batch["ref_rejected_logps"],
-            batch["last_chosen_logps"], batch["last_rejected_logps"],
-            eta, tau_eta_ratio, batch["win_prob"] if soft_labels else None)
+            chosen,
+            rejected,
+            batch["ref_chosen_logps"],
+            batch["ref_rejected_logps"],
+            batch["last_chosen_logps"],
+            batch["last_rejected_logps"],
+            eta,
+            tau_eta_ratio,
+            batch["win_prob"] if soft_labels else None,
+        )
 
-    train(compute_loss, TrainingConfig(**training), PairDataset,
-          loss="inpo", eta=eta, tau_eta_ratio=tau_eta_ratio, soft_labels=soft_labels)
+    train(
+        compute_loss,
+        TrainingConfig(**training),
+        PairDataset,
+        loss="inpo",
+        eta=eta,
+        tau_eta_ratio=tau_eta_ratio,
+        soft_labels=soft_labels,
+    )
 
 
 if __name__ == "__main__":

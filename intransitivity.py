@@ -33,8 +33,12 @@ def cycle_strengths(probs):
     Returns:
         (K (K - 1) (K - 2) / 6,)
     """
-    return np.array([max(min(probs[i, j], probs[j, k], probs[k, i]), min(probs[j, i], probs[k, j], probs[i, k]))
-                     for i, j, k in itertools.combinations(range(len(probs)), 3)])
+    return np.array(
+        [
+            max(min(probs[i, j], probs[j, k], probs[k, i]), min(probs[j, i], probs[k, j], probs[i, k]))
+            for i, j, k in itertools.combinations(range(len(probs)), 3)
+        ]
+    )
 
 
 def log_odds(probs):
@@ -67,16 +71,31 @@ def measure(records, margin, seed=0, num_bootstrap=1_000):
         if len(probs) < 3:
             continue
         if type(record.get("order_gap")) not in (int, float):
-            raise StageError(f"prompt_id {record['prompt_id']}: order_gap should be a number, got {record.get('order_gap')}; "
-                             "scoring.py writes it")
+            raise StageError(
+                f"prompt_id {record['prompt_id']}: order_gap should be a number, got {record.get('order_gap')}; "
+                "scoring.py writes it"
+            )
         own, (judged, fitted) = cycle_strengths(probs), log_odds(probs)
-        rows.append([len(own), (own > 0.5).sum(), (own > 0.5 + margin).sum(), (judged ** 2).sum(),
-                     ((judged - fitted) ** 2).sum(), 1, record["order_gap"]])
+        rows.append(
+            [
+                len(own),
+                (own > 0.5).sum(),
+                (own > 0.5 + margin).sum(),
+                (judged**2).sum(),
+                ((judged - fitted) ** 2).sum(),
+                1,
+                record["order_gap"],
+            ]
+        )
         strengths.append(own)
         odds.append(np.stack([judged, fitted], axis=1))
     if not rows:
-        raise StageError("no prompt has three different responses that were compared; sample more (sampling.py --num_samples)")
-    rows = np.array(rows, dtype=float)  # a prompt: triples, cyclic, with margin; squared log-odds, their rest; 1, order gap
+        raise StageError(
+            "no prompt has three different responses that were compared; sample more (sampling.py --num_samples)"
+        )
+    rows = np.array(
+        rows, dtype=float
+    )  # a prompt: triples, cyclic, with margin; squared log-odds, their rest; 1, order gap
     if not rows[:, 3].any():
         raise StageError("the judge gives 1/2 to all; it has no preference that could be cyclic")
     parts, wholes = [1, 2, 4, 6], [0, 0, 3, 5]
@@ -86,9 +105,14 @@ def measure(records, margin, seed=0, num_bootstrap=1_000):
     with np.errstate(invalid="ignore"):  # a draw of prompts without any preference
         low, high = np.nanpercentile(drawn[:, parts] / drawn[:, wholes], [2.5, 97.5], axis=0).tolist()
     values = rows.sum(axis=0)[parts] / rows.sum(axis=0)[wholes]
-    figures = {"num_prompts": len(rows), "num_left_out": num_prompts - len(rows), "num_triples": int(rows[:, 0].sum()),
-               "margin": margin}
-    for name, value, *bounds in zip(("cyclic_triples", "cyclic_triples_with_margin", "cyclic_part", "order_gap"),
-                                    values.tolist(), low, high):
+    figures = {
+        "num_prompts": len(rows),
+        "num_left_out": num_prompts - len(rows),
+        "num_triples": int(rows[:, 0].sum()),
+        "margin": margin,
+    }
+    for name, value, *bounds in zip(
+        ("cyclic_triples", "cyclic_triples_with_margin", "cyclic_part", "order_gap"), values.tolist(), low, high
+    ):
         figures |= {name: value, f"{name}_interval": bounds}
     return figures, np.concatenate(strengths), np.concatenate(odds)

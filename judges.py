@@ -109,8 +109,10 @@ class JudgeConfig(EngineConfig):
         except ValueError:
             weights = []
         if len(weights) != max(1, len(judges)) or not all(0 < weight < math.inf for weight in weights):
-            raise StageError(f"--judge_weights should be numbers greater than 0, as many as judges ({len(judges)}), "
-                             f"got {self.judge_weights}")
+            raise StageError(
+                f"--judge_weights should be numbers greater than 0, as many as judges ({len(judges)}), "
+                f"got {self.judge_weights}"
+            )
         return [weight / sum(weights) for weight in weights]
 
     def prices(self):
@@ -120,8 +122,9 @@ class JudgeConfig(EngineConfig):
         except ValueError:
             found = [-1]
         if len(found) not in (0, 2) or any(price < 0 for price in found):
-            raise StageError("--api_price should be two prices, dollars a million tokens: prompt,completion; "
-                             f"got {self.api_price}")
+            raise StageError(
+                f"--api_price should be two prices, dollars a million tokens: prompt,completion; got {self.api_price}"
+            )
         return found or None
 
     def made_with(self):
@@ -131,7 +134,10 @@ class JudgeConfig(EngineConfig):
         if "template" in kept:
             kept["template"] = text_id(read_template(self.template))
         local = judge_type is not ServerJudge
-        return kept | {"judge_type": self.judge_type, "judge": whole_model_fingerprint(self.judge) if local else self.judge}
+        return kept | {
+            "judge_type": self.judge_type,
+            "judge": whole_model_fingerprint(self.judge) if local else self.judge,
+        }
 
 
 def judge_files(jobs, config, description):
@@ -153,8 +159,10 @@ def judge_files(jobs, config, description):
         return
     digests = [digest_of(records()) for records, _ in jobs]
     made_with = [member.made_with() for member in members]
-    parts = [[Path(f"{path}.{text_id(dump_json([digest, own]))}.partial") for own in made_with]
-             for (_, path), digest in zip(jobs, digests)]
+    parts = [
+        [Path(f"{path}.{text_id(dump_json([digest, own]))}.partial") for own in made_with]
+        for (_, path), digest in zip(jobs, digests)
+    ]
     for number, member in enumerate(members):
         left = [(records, own[number]) for (records, _), own in zip(jobs, parts) if not own[number].exists()]
         if left:
@@ -172,8 +180,10 @@ def combine(records, path, parts, members, weights):
     """Write a panel's output from those of its members; a record that one of them skipped is skipped."""
     found, count = [read_jsonl(part) for part in parts], 0
     heads = [next(part, None) for part in found]
-    reasons = [{record["prompt_id"]: record["skipped"] for record in read_jsonl(listing)} if listing.exists() else {}
-               for listing in map(listing_of, parts)]
+    reasons = [
+        {record["prompt_id"]: record["skipped"] for record in read_jsonl(listing)} if listing.exists() else {}
+        for listing in map(listing_of, parts)
+    ]
     skipped = []
     with jsonl_writer(path) as write:
         for record in records:
@@ -194,15 +204,20 @@ def combine(records, path, parts, members, weights):
 
 def panel(record, judged, members, weights):
     """The fields of a panel: weighted means of its members' records `judged`, and `panel`, what each of them found."""
-    mean = lambda values: (None if None in values else  # noqa: E731
-                           min(1.0, sum(weight * value for weight, value in zip(weights, values))))
+    mean = lambda values: (
+        None if None in values else min(1.0, sum(weight * value for weight, value in zip(weights, values)))
+    )
     count = len(record["samples"])
     return {
         "win_probs": [[mean([one["win_probs"][i][j] for one in judged]) for j in range(count)] for i in range(count)],
         "order_gap": mean([one["order_gap"] for one in judged]),
         "label_mass": mean([one["label_mass"] for one in judged]),
-        "panel": [{"judge": member.judge, "weight": weight} | {name: value for name, value in one.items() if name not in record}
-                  for member, weight, one in zip(members, weights, judged)]}
+        "panel": [
+            {"judge": member.judge, "weight": weight}
+            | {name: value for name, value in one.items() if name not in record}
+            for member, weight, one in zip(members, weights, judged)
+        ],
+    }
 
 
 def tell_usage(paths, config):
@@ -213,9 +228,13 @@ def tell_usage(paths, config):
     usage = [record["usage"] for file in files for record in read_jsonl(file) if "usage" in record]
     total = {name: sum(one[name] for one in usage) for name in ("requests", "prompt_tokens", "completion_tokens")}
     prices = config.prices()
-    cost = f": {prices[0] * total['prompt_tokens'] + prices[1] * total['completion_tokens']:.2f} dollars" if prices else ""
-    log.info("%(requests)d requests, %(prompt_tokens)d prompt tokens, %(completion_tokens)d completion tokens%(cost)s",
-             total | {"cost": cost})
+    cost = (
+        f": {prices[0] * total['prompt_tokens'] + prices[1] * total['completion_tokens']:.2f} dollars" if prices else ""
+    )
+    log.info(
+        "%(requests)d requests, %(prompt_tokens)d prompt tokens, %(completion_tokens)d completion tokens%(cost)s",
+        total | {"cost": cost},
+    )
 
 
 class GenerativeJudge(EngineWork):
@@ -235,6 +254,7 @@ class GenerativeJudge(EngineWork):
 
     def __init__(self, config):
         from data_utils import encode_text, load_tokenizer
+
         super().__init__()
         self.template, self.max_prompt_tokens = read_template(config.template), config.max_prompt_tokens
         self.tokenizer = load_tokenizer(config.judge, config.judge_tokenizer)
@@ -244,6 +264,7 @@ class GenerativeJudge(EngineWork):
 
     def requests(self, tasks):
         from vllm import SamplingParams
+
         judgements, results = [], []  # token ids of every judgement of this chunk; per record, its comparisons
         for _, record in tasks:
             asked = orders(record)
@@ -263,6 +284,7 @@ class GenerativeJudge(EngineWork):
 
     def encode(self, prompt, first, second):
         from data_utils import encode_prompt
+
         return encode_prompt(self.tokenizer, fill_template(self.template, prompt, first, second)) + self.label_prefix
 
     def read_labels(self, outputs):
@@ -275,8 +297,10 @@ class GenerativeJudge(EngineWork):
             answers.append((sigmoid(first - second), math.exp(first) + math.exp(second)))
         mass = sum(mass for _, mass in answers) / max(1, len(answers))
         if len(answers) >= 20 and mass < MIN_LABEL_MASS:
-            raise StageError(f"{self.engine.model} puts {mass:.2g} of its probability on the two labels, so it does not "
-                             "answer with one of them; is it a judge, and are --template and --labels its own?")
+            raise StageError(
+                f"{self.engine.model} puts {mass:.2g} of its probability on the two labels, so it does not "
+                "answer with one of them; is it a judge, and are --template and --labels its own?"
+            )
         return answers
 
     @staticmethod
@@ -298,20 +322,25 @@ class RewardJudge(EngineWork):
 
     def __init__(self, config):
         from transformers import AutoConfig
+
         from data_utils import load_tokenizer
         from utils import resolve_model
+
         super().__init__()
         self.temperature, self.max_prompt_tokens = temperature(config), config.max_prompt_tokens
         model = AutoConfig.from_pretrained(resolve_model(config.judge))
         kind = (model.architectures or ["unknown"])[0]
-        if "SequenceClassification" not in kind and "Reward" not in kind or model.num_labels != 1:
-            raise StageError(f"{config.judge} is a {kind} with {model.num_labels} outputs; a reward model is a sequence "
-                             "classifier with one")
+        if ("SequenceClassification" not in kind and "Reward" not in kind) or model.num_labels != 1:
+            raise StageError(
+                f"{config.judge} is a {kind} with {model.num_labels} outputs; a reward model is a sequence "
+                "classifier with one"
+            )
         self.tokenizer = load_tokenizer(config.judge, config.judge_tokenizer)
         self.engine = Engine(config.judge, config.judge_tokenizer, self.max_prompt_tokens, config, rewards=True)
 
     def requests(self, tasks):
         from vllm import PoolingParams
+
         prompts, results = [], []  # token ids of every response of this chunk; per record, its different texts
         for _, record in tasks:
             texts = different_texts(record)
@@ -327,8 +356,12 @@ class RewardJudge(EngineWork):
 
     def encode(self, prompt, response):
         from data_utils import encode_chat
-        return encode_chat(self.tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
-                           add_generation_prompt=False)
+
+        return encode_chat(
+            self.tokenizer,
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+            add_generation_prompt=False,
+        )
 
     def results(self, results, outputs):
         rewards = [output.outputs.data.item() for output in outputs]
@@ -337,9 +370,13 @@ class RewardJudge(EngineWork):
     def score(self, record, texts, where, rewards):
         by_text = dict(zip(texts, rewards[where]))
         if not all(map(math.isfinite, by_text.values())):
-            raise StageError(f"{self.engine.model} gives no finite reward to the responses of prompt_id {record['prompt_id']}")
-        judgements = {(first, second): (sigmoid((by_text[first] - by_text[second]) / self.temperature), 1.0)
-                      for first, second in orders(record)}
+            raise StageError(
+                f"{self.engine.model} gives no finite reward to the responses of prompt_id {record['prompt_id']}"
+            )
+        judgements = {
+            (first, second): (sigmoid((by_text[first] - by_text[second]) / self.temperature), 1.0)
+            for first, second in orders(record)
+        }
         found = [sample["text"] for sample in record["samples"]]
         return record | win_matrix(found, judgements) | {"rewards": [by_text[text] for text in found]}
 
@@ -378,6 +415,7 @@ class ServerJudge:
 
     def __init__(self, config):
         import openai
+
         key, base = os.environ.get("OPENAI_API_KEY"), config.api_base or None
         self.errors, self.config, self.labels = openai, config, split_list(config.labels)
         self.template, self.address = read_template(config.template), base or "OpenAI"
@@ -390,7 +428,10 @@ class ServerJudge:
     def begin(self, number, tasks):
         def ask(record, first, second):
             return self.pool_of_threads.submit(self.ask, fill_template(self.template, record["prompt"], first, second))
-        self.chunks[number] = [(record, {order: ask(record, *order) for order in orders(record)}) for _, record in tasks]
+
+        self.chunks[number] = [
+            (record, {order: ask(record, *order) for order in orders(record)}) for _, record in tasks
+        ]
 
     def step(self):
         running = [future for chunk in self.chunks.values() for _, asked in chunk for future in asked.values()]
@@ -398,10 +439,21 @@ class ServerJudge:
         for future in running:
             if future.done():
                 future.result()  # an error ends the stage at once
-        finished = [number for number, chunk in self.chunks.items()
-                    if all(future.done() for _, asked in chunk for future in asked.values())]
-        return [(number, [self.result(record, {order: future.result() for order, future in asked.items()})
-                          for record, asked in self.chunks.pop(number)]) for number in finished]
+        finished = [
+            number
+            for number, chunk in self.chunks.items()
+            if all(future.done() for _, asked in chunk for future in asked.values())
+        ]
+        return [
+            (
+                number,
+                [
+                    self.result(record, {order: future.result() for order, future in asked.items()})
+                    for record, asked in self.chunks.pop(number)
+                ],
+            )
+            for number in finished
+        ]
 
     def result(self, record, answers):
         counts = [sum(usage[n] for _, usage in answers.values()) for n in range(2)]
@@ -419,7 +471,8 @@ class ServerJudge:
             asked = dict(self.asked)
             try:
                 response = self.client.chat.completions.with_raw_response.create(
-                    model=self.config.judge, messages=[{"role": "user", "content": prompt}], **asked)
+                    model=self.config.judge, messages=[{"role": "user", "content": prompt}], **asked
+                )
                 break
             except self.errors.BadRequestError as error:
                 if "context length" in str(error) or "context_length" in str(error):
@@ -430,20 +483,30 @@ class ServerJudge:
                         return reason, (0, 0)
                     raise StageError(f"{reason}\n--on_error skip leaves such records out") from None
             except self.errors.APIError as error:
-                raise StageError(f"{self.address} did not answer for {self.config.judge}: {self.without_key(error)}. What is "
-                                 "finished is kept; once the cause is mended, the same command goes on") from None
+                raise StageError(
+                    f"{self.address} did not answer for {self.config.judge}: {self.without_key(error)}. What is "
+                    "finished is kept; once the cause is mended, the same command goes on"
+                ) from None
         self.obey(response.headers)
         completion = response.parse()
         usage = (completion.usage.prompt_tokens, completion.usage.completion_tokens) if completion.usage else (0, 0)
         choice = completion.choices[0]
         content = choice.logprobs.content if choice.logprobs else None
-        judgement = (read_answer([(token.token, [(top.token, top.logprob) for top in token.top_logprobs]) for token in content],
-                                 self.labels) if content else parse_answer(choice.message.content or "", self.labels))
+        judgement = (
+            read_answer(
+                [(token.token, [(top.token, top.logprob) for top in token.top_logprobs]) for token in content],
+                self.labels,
+            )
+            if content
+            else parse_answer(choice.message.content or "", self.labels)
+        )
         with self.lock:
             self.answers[judgement is not None] += 1
             if self.answers[False] >= 20 and not self.answers[True]:
-                raise StageError(f"{self.config.judge} does not answer with one of the labels, but {choice.message.content!r}; "
-                                 "are --template and --labels its own?")
+                raise StageError(
+                    f"{self.config.judge} does not answer with one of the labels, but {choice.message.content!r}; "
+                    "are --template and --labels its own?"
+                )
         if judgement is None:
             return f"{self.config.judge} answered {choice.message.content!r}, which is none of its labels", usage
         return judgement, usage
@@ -503,6 +566,7 @@ def read_answer(tokens, labels):
     Returns:
         None when the answer leaves both labels before they part.
     """
+
     def sides(text):
         text = text.lstrip()
         return [bool(text) and (label.startswith(text) or text.startswith(label)) for label in labels]
@@ -537,6 +601,7 @@ def win_matrix(texts, judgements):
         `order_gap`: mean absolute disagreement of the two orders over pairs of different texts, None if there are none;
         `label_mass`: mean probability that the judge gives to its two labels together, None likewise.
     """
+
     def beats(first, second):
         if first == second:
             return 0.5
@@ -579,8 +644,9 @@ def read_template(path):
 def fill_template(template, prompt, first, second):
     """The template with its three parts filled in, in one pass: braces inside the parts stay what they are."""
     parts = (prompt, first, second)
-    return re.sub(r"\{(\w+)\}",
-                  lambda match: parts[_PLACEHOLDERS[match[1]]] if match[1] in _PLACEHOLDERS else match[0], template)
+    return re.sub(
+        r"\{(\w+)\}", lambda match: parts[_PLACEHOLDERS[match[1]]] if match[1] in _PLACEHOLDERS else match[0], template
+    )
 
 
 def split_labels(first_ids, second_ids):

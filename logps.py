@@ -70,7 +70,9 @@ def lay_out(rows, device="cpu"):
         row, place, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
         for side, response in enumerate(responses):
             before = number * length + len(row)
-            predictors += [number * length + len(prompt) - 1, *range(before, before + len(response) - 1)][:len(response)]
+            predictors += [number * length + len(prompt) - 1, *range(before, before + len(response) - 1)][
+                : len(response)
+            ]
             labels += response
             owner += [side * len(rows) + number] * len(response)
             row += response
@@ -83,8 +85,10 @@ def lay_out(rows, device="cpu"):
     batch = {"input_ids": tokens, "predictors": predictors, "labels": labels, "owner": owner}
     if max(len(responses) for _, responses in rows) == 1:
         return {name: torch.tensor(values, device=device) for name, values in batch.items()}
-    batch = {name: torch.tensor(values, device=device)
-             for name, values in (batch | {"position_ids": positions, "segments": segments}).items()}
+    batch = {
+        name: torch.tensor(values, device=device)
+        for name, values in (batch | {"position_ids": positions, "segments": segments}).items()
+    }
     query, key = batch["segments"][:, :, None], batch.pop("segments")[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return batch | {"attention_mask": (((key == 0) | (key == query)) & causal)[:, None]}
@@ -92,8 +96,11 @@ def lay_out(rows, device="cpu"):
 
 def sum_by_owner(token_logps, owner, count):
     """Sums in float64, as float32: sequential float32 sums of long responses lose 1e-3."""
-    return torch.zeros(count, dtype=torch.float64, device=token_logps.device).index_add(
-        0, owner, token_logps.double()).float()
+    return (
+        torch.zeros(count, dtype=torch.float64, device=token_logps.device)
+        .index_add(0, owner, token_logps.double())
+        .float()
+    )
 
 
 def plain_logps(model, rows, device):
@@ -102,22 +109,34 @@ def plain_logps(model, rows, device):
     sequences = [(prompt, responses[side]) for side in range(len(rows[0][1])) for prompt, responses in rows]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
     start = min(len(prompt) for prompt, _ in sequences) - 1  # predicts the first response token
-    ids = torch.tensor([[*prompt, *response] + [0] * (length - len(prompt) - len(response))
-                        for prompt, response in sequences], device=device)
-    mask = torch.tensor([[False] * len(prompt) + [True] * len(response) + [False] * (length - len(prompt) - len(response))
-                         for prompt, response in sequences], device=device)
+    ids = torch.tensor(
+        [[*prompt, *response] + [0] * (length - len(prompt) - len(response)) for prompt, response in sequences],
+        device=device,
+    )
+    mask = torch.tensor(
+        [
+            [False] * len(prompt) + [True] * len(response) + [False] * (length - len(prompt) - len(response))
+            for prompt, response in sequences
+        ],
+        device=device,
+    )
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=length - start).logits
     return sequence_logps(logits, ids[:, start:], mask[:, start:])
 
 
 # ---------------------------------------------------------------------------------------------- the output layer
 
+
 def install_head(model):
     """Give a model of MODEL_TYPES a ResponseHead in place of its output layer; leave others as they are."""
     config = model.config
     layers = getattr(config, "layer_types", None) or ["full_attention"]
-    if (config.model_type in MODEL_TYPES and config._attn_implementation == "sdpa" and set(layers) == {"full_attention"}
-            and not getattr(config, "sliding_window", None)):
+    if (
+        config.model_type in MODEL_TYPES
+        and config._attn_implementation == "sdpa"
+        and set(layers) == {"full_attention"}
+        and not getattr(config, "sliding_window", None)
+    ):
         head = ResponseHead(1, 1)
         head.in_features, head.out_features = model.lm_head.in_features, model.lm_head.out_features
         head.weight, head.bias = model.lm_head.weight, model.lm_head.bias
@@ -227,4 +246,4 @@ def within(labels, columns, shape):
 
 def view(buffer, shape):
     """The beginning of a flat buffer as a matrix."""
-    return buffer[:shape[0] * shape[1]].view(shape)
+    return buffer[: shape[0] * shape[1]].view(shape)

@@ -22,8 +22,10 @@ def sequence_logps(logits, labels, response_mask):
         in float32 and the terms are added in float64: sequential float32 sums of long responses lose 1e-3.
     """
     if not logits.shape[:2] == labels.shape == response_mask.shape:
-        raise ValueError(f"shapes differ: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}, "
-                         f"response_mask {tuple(response_mask.shape)}")
+        raise ValueError(
+            f"shapes differ: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}, "
+            f"response_mask {tuple(response_mask.shape)}"
+        )
     if response_mask[:, 0].any():
         raise ValueError("a response begins at position 0, where nothing predicts it")
     sums = []
@@ -61,8 +63,17 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     return (margin - preference_target(eta, win_prob)) ** 2
 
 
-def inpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
-              last_chosen_logps, last_rejected_logps, eta, tau_eta_ratio, win_prob=None):
+def inpo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    last_chosen_logps,
+    last_rejected_logps,
+    eta,
+    tau_eta_ratio,
+    win_prob=None,
+):
     """The inner step of COMAL (Zhang et al. 2024, arXiv 2407.00617, eq. 9), `r = tau_eta_ratio`:
 
         h = [log pi(w) - r log pi_ref(w) - (1 - r) log pi_last(w)] - [the same for l]

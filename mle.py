@@ -16,7 +16,9 @@ from utils import run
 
 def main(**training: TrainingConfig):
     """Fine-tune on chats."""
-    train(lambda logps, batch: mle_loss(logps, batch["num_tokens"]), TrainingConfig(**training), ChatDataset, loss="mle")
+    train(
+        lambda logps, batch: mle_loss(logps, batch["num_tokens"]), TrainingConfig(**training), ChatDataset, loss="mle"
+    )
 
 
 if __name__ == "__main__":

@@ -15,13 +15,17 @@ def nash_mixture(preference):
         preference: (K, K)
     """
     from scipy.optimize import linprog
+
     preference = np.asarray(preference, dtype=float)
     size = len(preference)
     found = linprog(
         c=np.r_[np.zeros(size), -1],  # the variables: x_0 ... x_{K-1}, v
-        A_ub=np.c_[-preference.T, np.ones(size)], b_ub=np.zeros(size),
-        A_eq=[np.r_[np.ones(size), 0]], b_eq=[1],
-        bounds=[(0, 1)] * size + [(None, None)])
+        A_ub=np.c_[-preference.T, np.ones(size)],
+        b_ub=np.zeros(size),
+        A_eq=[np.r_[np.ones(size), 0]],
+        b_eq=[1],
+        bounds=[(0, 1)] * size + [(None, None)],
+    )
     mixture = np.clip(found.x[:size], 0, None)
     return mixture / mixture.sum()
 

@@ -33,18 +33,26 @@ def connect(pool):
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise StageError(f"no Ray cluster at {address} ({error}); start one (ray start --head, on the other nodes ray start "
-                         "--address=...), or name it in RAY_ADDRESS") from None
+        raise StageError(
+            f"no Ray cluster at {address} ({error}); start one (ray start --head, on the other nodes ray start "
+            "--address=...), or name it in RAY_ADDRESS"
+        ) from None
     if pool.gpus not in ("auto", "none"):
         raise StageError(f"--gpus {pool.gpus}: with --engine ray, Ray hands out the GPUs; give auto or none")
     resources = ray.cluster_resources()
     gpus = 0 if pool.gpus == "none" else int(resources.get("GPU", 0))
-    if gpus and gpus < pool.gpus_per_worker or not gpus and pool.gpus_per_worker > 1:
+    if (gpus and gpus < pool.gpus_per_worker) or (not gpus and pool.gpus_per_worker > 1):
         raise StageError(f"--gpus_per_worker {pool.gpus_per_worker}, but Ray's cluster has {gpus} GPUs")
     nodes = [node for node in ray.nodes() if node["Alive"]]
     count = gpus // pool.gpus_per_worker if gpus else pool.cpu_workers
-    log.info("%d actor%s on %d Ray node%s (%s)", count, "s" * (count > 1), len(nodes), "s" * (len(nodes) > 1),
-             f"{gpus} GPUs" if gpus else "CPU")
+    log.info(
+        "%d actor%s on %d Ray node%s (%s)",
+        count,
+        "s" * (count > 1),
+        len(nodes),
+        "s" * (len(nodes) > 1),
+        f"{gpus} GPUs" if gpus else "CPU",
+    )
     return count
 
 
@@ -91,17 +99,21 @@ class _Remote:
 
     def takes(self, chunk):
         """As `workers._Worker.takes`: a chunk that an actor was lost over goes alone."""
-        return self.is_ready and (not self.chunks or len(self.chunks) < IN_FLIGHT and
-                                  not any(other.losses for other in (chunk, *self.chunks)))
+        return self.is_ready and (
+            not self.chunks
+            or (len(self.chunks) < IN_FLIGHT and not any(other.losses for other in (chunk, *self.chunks)))
+        )
 
 
 def map_chunks(make_work, chunks, count, pool, give_up):
     """Yield `(tasks, results)` for every chunk, as `workers.map_chunks` does, from `count` actors."""
     import ray
     from ray.exceptions import RayActorError, RayError
+
     on_gpu = pool.gpus != "none" and ray.cluster_resources().get("GPU", 0) > 0
-    kind = ray.remote(Actor).options(num_cpus=1, num_gpus=pool.gpus_per_worker if on_gpu else 0, max_restarts=MAX_RESTARTS,
-                                     max_concurrency=IN_FLIGHT)
+    kind = ray.remote(Actor).options(
+        num_cpus=1, num_gpus=pool.gpus_per_worker if on_gpu else 0, max_restarts=MAX_RESTARTS, max_concurrency=IN_FLIGHT
+    )
     chunks, redo, numbers = map(Chunk, chunks), [], itertools.count()
     chunk = next(chunks, None)
     remotes = [_Remote(kind.remote(make_work, on_gpu)) for _ in range(count)] if chunk else []
@@ -124,10 +136,16 @@ def map_chunks(make_work, chunks, count, pool, give_up):
             if not running:
                 raise StageError(f"all of Ray's actors were lost, {MAX_RESTARTS} times each; see Ray's logs (ray logs)")
             done, _ = ray.wait(list(running), timeout=5)
-            late = [remote for remote in remotes if pool.stall_timeout and time.monotonic() - remote.since > pool.stall_timeout]
+            late = [
+                remote
+                for remote in remotes
+                if pool.stall_timeout and time.monotonic() - remote.since > pool.stall_timeout
+            ]
             if not done and late and not any(remote.is_ready for remote in remotes):
-                raise StageError(f"no actor of Ray's was there after {pool.stall_timeout:g} s (--stall_timeout); has the "
-                                 "cluster room for them (ray status)?")
+                raise StageError(
+                    f"no actor of Ray's was there after {pool.stall_timeout:g} s (--stall_timeout); has the "
+                    "cluster room for them (ray status)?"
+                )
             for remote in late:
                 if remote.chunks:
                     log.warning("an actor of Ray's made no progress for %g s (--stall_timeout)", pool.stall_timeout)
@@ -156,7 +174,7 @@ def map_chunks(make_work, chunks, count, pool, give_up):
                         yield culprit, [give_up(culprit[0], reason)]
                     continue
                 kind_of_answer, value = ("ready", value) if own is None else value
-                if kind_of_answer == "error" or own is None and value:
+                if kind_of_answer == "error" or (own is None and value):
                     raise StageError(f"an actor of Ray's failed:\n{value}")
                 remote.since = time.monotonic()
                 if own is None:

@@ -41,20 +41,32 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
 from tqdm import tqdm
 
-from plots import (COLOURS, OTHER_STAGE, SECTIONS, STAGE_COLOURS, as_text, draw_lines, draw_matrix, draw_times, has_data,
-                   series, stage_names)
+from plots import (
+    COLOURS,
+    OTHER_STAGE,
+    SECTIONS,
+    STAGE_COLOURS,
+    as_text,
+    draw_lines,
+    draw_matrix,
+    draw_times,
+    has_data,
+    series,
+    stage_names,
+)
 from utils import StageError, check_at_least, dump_json, fingerprint, log, read_jsonl, write_text
 
 STEP_POINTS = 40  # an iteration in a training plot: a curve, not every step of it
 
 
 # ---------------------------------------------------------------------------------------------- files
+
 
 def read_json(path, kind=dict):
     """The object (or list) in a JSON file; an empty one when the file is missing or damaged."""
@@ -113,8 +125,12 @@ class Files:
     def unread(self, folder):
         """What was wrong with the files under a folder; a last line that is being written is nothing wrong."""
         prefix = str(folder.resolve()) + os.sep
-        return [f"{path}: no JSON" for path in self.damaged if path.startswith(prefix)] + [message for key, entry in self.used.items() for message in entry["damage"]
-                if json.loads(key)[2].startswith(prefix) and not json.loads(key)[2].endswith("metrics.jsonl")]
+        return [f"{path}: no JSON" for path in self.damaged if path.startswith(prefix)] + [
+            message
+            for key, entry in self.used.items()
+            for message in entry["damage"]
+            if json.loads(key)[2].startswith(prefix) and not json.loads(key)[2].endswith("metrics.jsonl")
+        ]
 
     def save(self):
         """Keep the figures used in this report, and no others."""
@@ -122,6 +138,7 @@ class Files:
 
 
 # ---------------------------------------------------------------------------------------------- figures of one file
+
 
 def mean(values):
     """The mean of those that are known, or None."""
@@ -131,18 +148,28 @@ def mean(values):
 
 def sample_sums(records):
     """A samples file: responses, their tokens, and how many ran into the length limit."""
-    samples = [(len(sample["token_ids"]), sample["finish_reason"] == "length")
-               for record in records for sample in record["samples"]]
-    return {"responses": len(samples), "tokens": sum(tokens for tokens, _ in samples),
-            "truncated": sum(truncated for _, truncated in samples)}
+    samples = [
+        (len(sample["token_ids"]), sample["finish_reason"] == "length")
+        for record in records
+        for sample in record["samples"]
+    ]
+    return {
+        "responses": len(samples),
+        "tokens": sum(tokens for tokens, _ in samples),
+        "truncated": sum(truncated for _, truncated in samples),
+    }
 
 
 def score_sums(records):
     """A scores file: prompts, those judged (their responses differ), and sums over these."""
     found = [(record["order_gap"], record["label_mass"]) for record in records]
     judged = [pair for pair in found if None not in pair]
-    return {"prompts": len(found), "judged": len(judged), "order_gap": sum(gap for gap, _ in judged),
-            "label_mass": sum(mass for _, mass in judged)}
+    return {
+        "prompts": len(found),
+        "judged": len(judged),
+        "order_gap": sum(gap for gap, _ in judged),
+        "label_mass": sum(mass for _, mass in judged),
+    }
 
 
 def record_count(records):
@@ -152,16 +179,27 @@ def record_count(records):
 
 def kl_reference(records):
     """A data file: the estimate of KL(last policy || reference), the mean over its responses of log(last/ref)."""
-    return {"kl": mean(record[f"last_{side}_logp"] - record[f"ref_{side}_logp"]
-                       for record in records for side in ("chosen", "rejected"))}
+    return {
+        "kl": mean(
+            record[f"last_{side}_logp"] - record[f"ref_{side}_logp"]
+            for record in records
+            for side in ("chosen", "rejected")
+        )
+    }
 
 
 def kl_start(records, start_records):
     """A data file and the same pairs under the start policy: the estimate of KL(last policy || start policy)."""
     sides = ("chosen", "rejected")
     start = {record["prompt_id"]: [record[f"last_{side}_logp"] for side in sides] for record in start_records}
-    return {"kl": mean(record[f"last_{side}_logp"] - logp for record in records if record["prompt_id"] in start
-                       for side, logp in zip(sides, start[record["prompt_id"]]))}
+    return {
+        "kl": mean(
+            record[f"last_{side}_logp"] - logp
+            for record in records
+            if record["prompt_id"] in start
+            for side, logp in zip(sides, start[record["prompt_id"]])
+        )
+    }
 
 
 def training_figures(records):
@@ -173,14 +211,16 @@ def training_figures(records):
             validation.append({"step": record["step"]} | {name: record.get(f"validation_{name}") for name in names})
         else:
             steps.append(record)
-    end = steps[-math.ceil(len(steps) / 10):]
+    end = steps[-math.ceil(len(steps) / 10) :]
     width = max(1, math.ceil(len(steps) / STEP_POINTS))
-    groups = [steps[i:i + width] for i in range(0, len(steps), width)]
+    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
     speeds = [step["tokens_per_s"] for step in steps if "tokens_per_s" in step]
     return {
         "num_steps": steps[-1]["step"] if steps else 0,
-        "steps": [{"step": group[-1]["step"]} | {name: mean(step.get(name) for step in group) for name in names}
-                  for group in groups],
+        "steps": [
+            {"step": group[-1]["step"]} | {name: mean(step.get(name) for step in group) for name in names}
+            for group in groups
+        ],
         "validation": validation,
         "kl_moved": mean(step.get("kl_last") for step in end),
         "training_loss": mean(step.get("normalised_loss") for step in end),
@@ -200,15 +240,27 @@ def stage_seconds(records):
 
 def comparison_rows(records, limit):
     """A comparison file: {prompt_id: {prompt, response, baseline, win_prob}} of its first records."""
+
     def sample(found):
-        return {"text": found["text"], "tokens": len(found["token_ids"]) if "token_ids" in found else None,
-                "truncated": found.get("finish_reason") == "length"}
-    return {record["prompt_id"]: {"prompt": record["prompt"], "response": sample(record["samples"][0]),
-                                  "baseline": sample(record["samples"][1]), "win_prob": record["win_probs"][0][1]}
-            for record in itertools.islice(records, limit)}
+        return {
+            "text": found["text"],
+            "tokens": len(found["token_ids"]) if "token_ids" in found else None,
+            "truncated": found.get("finish_reason") == "length",
+        }
+
+    return {
+        record["prompt_id"]: {
+            "prompt": record["prompt"],
+            "response": sample(record["samples"][0]),
+            "baseline": sample(record["samples"][1]),
+            "win_prob": record["win_probs"][0][1],
+        }
+        for record in itertools.islice(records, limit)
+    }
 
 
 # ---------------------------------------------------------------------------------------------- one experiment
+
 
 def ratio(part, whole):
     return part / whole if whole else None
@@ -217,19 +269,28 @@ def ratio(part, whole):
 def evaluation_figures(files, folder):
     """Win rates with their intervals, and mean lengths, from the summaries in eval/."""
     found = {name: files.read(folder / "eval" / f"vs_{name}.json") for name in ("start", "previous")}
-    figures = {f"{field}_{name}{ending}": found[name].get(field + ending)
-               for name in found for field in ("win_rate", "mean_win_prob") for ending in ("", "_interval")}
+    figures = {
+        f"{field}_{name}{ending}": found[name].get(field + ending)
+        for name in found
+        for field in ("win_rate", "mean_win_prob")
+        for ending in ("", "_interval")
+    }
     tokens, start_tokens = found["start"].get("mean_tokens") or [None, None]
     tokens = tokens if tokens is not None else (found["previous"].get("mean_tokens") or [None])[0]
-    return figures | {"response_tokens": tokens, "start_tokens": start_tokens,
-                      "length_change": tokens / start_tokens - 1 if start_tokens else None}
+    return figures | {
+        "response_tokens": tokens,
+        "start_tokens": start_tokens,
+        "length_change": tokens / start_tokens - 1 if start_tokens else None,
+    }
 
 
 def sampling_figures(files, folder):
     """Length of all responses sampled, train and test."""
     sums = sum((Counter(files.figures(sample_sums, folder / f"{part}.samples.jsonl")) for part in PARTS), Counter())
-    return {"sample_tokens": ratio(sums["tokens"], sums["responses"]),
-            "truncated": ratio(sums["truncated"], sums["responses"])}
+    return {
+        "sample_tokens": ratio(sums["tokens"], sums["responses"]),
+        "truncated": ratio(sums["truncated"], sums["responses"]),
+    }
 
 
 PARTS = ("train", "test")
@@ -245,10 +306,12 @@ def judge_figures(files, folder):
         if kept and found:
             pairs, prompts = pairs + kept["records"], prompts + found["prompts"]
     listings = [*sorted(folder.glob("*.skipped.jsonl")), *sorted(folder.glob("*/*.skipped.jsonl"))]
-    return {"order_gap": ratio(sums["order_gap"], sums["judged"]),
-            "label_mass": ratio(sums["label_mass"], sums["judged"]),
-            "dropped": ratio(prompts - pairs, prompts),
-            "skipped": sum(files.figures(record_count, path).get("records", 0) for path in listings)}
+    return {
+        "order_gap": ratio(sums["order_gap"], sums["judged"]),
+        "label_mass": ratio(sums["label_mass"], sums["judged"]),
+        "dropped": ratio(prompts - pairs, prompts),
+        "skipped": sum(files.figures(record_count, path).get("records", 0) for path in listings),
+    }
 
 
 def kl_figures(files, folder, reference_is_start):
@@ -281,8 +344,10 @@ def iteration_row(files, folder, number, reference_is_start, training):
 
 def training_rows(number, training, total, name):
     """The steps (or validations) of one iteration at their places on the axis of iterations."""
-    return [{"iteration": number + row["step"] / total} | {field: row[field] for field in row if field != "step"}
-            for row in training.get(name, [])]
+    return [
+        {"iteration": number + row["step"] / total} | {field: row[field] for field in row if field != "step"}
+        for row in training.get(name, [])
+    ]
 
 
 def beginning(path, settings):
@@ -291,8 +356,9 @@ def beginning(path, settings):
     if not origin:
         return 0, settings.get("MODEL")
     places = [path.parent / origin[2] / f"iter{origin[3]}", Path(origin.string)]
-    return int(origin[3]) + 1, next(filter(None, (read_json(place / "next.json").get("reference") for place in places)),
-                                    None)
+    return int(origin[3]) + 1, next(
+        filter(None, (read_json(place / "next.json").get("reference") for place in places)), None
+    )
 
 
 def iteration_folders(path, first):
@@ -327,9 +393,18 @@ def read_experiment(path, files):
         validation += training_rows(number, training, total, "validation")
     start = add_game(rows, files.read(path / "game.json", list))
     start["response_tokens"] = next((row["start_tokens"] for row in rows if row["start_tokens"]), None)
-    return {"name": path.resolve().name, "path": str(path), "settings": settings,
-            "state": state(path, settings, rows), "start": start, "matrix": newest_matrix(files, path), "iterations": rows,
-            "steps": steps, "validation": validation, "unread": files.unread(path)}
+    return {
+        "name": path.resolve().name,
+        "path": str(path),
+        "settings": settings,
+        "state": state(path, settings, rows),
+        "start": start,
+        "matrix": newest_matrix(files, path),
+        "iterations": rows,
+        "steps": steps,
+        "validation": validation,
+        "unread": files.unread(path),
+    }
 
 
 def newest_matrix(files, path):
@@ -357,10 +432,12 @@ def state(path, settings, rows):
         for file in place.glob("*"):
             if file.is_file() and file.name != ".lock":
                 written = max(written, file.stat().st_mtime)
-    return {"finished": sum(row["finished"] for row in rows),
-            "total": 1 if settings.get("METHOD") in ("ipo", "dpo") else total,
-            "last_evaluated": next((row["iteration"] for row in rows[::-1] if evaluated(row)), None),
-            "last_written": datetime.fromtimestamp(written, timezone.utc).isoformat(timespec="seconds")}
+    return {
+        "finished": sum(row["finished"] for row in rows),
+        "total": 1 if settings.get("METHOD") in ("ipo", "dpo") else total,
+        "last_evaluated": next((row["iteration"] for row in rows[::-1] if evaluated(row)), None),
+        "last_written": datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"),
+    }
 
 
 def evaluated(row):
@@ -368,6 +445,7 @@ def evaluated(row):
 
 
 # ---------------------------------------------------------------------------------------------- text
+
 
 def interval(bounds, scale=1):
     return f"{as_text(bounds[0], scale=scale)} to {as_text(bounds[1], scale=scale)}" if bounds else ""
@@ -379,8 +457,11 @@ def swatch(kind, colour):
 
 def legend(entries):
     """[(kind of swatch, colour, label)] as a line that wraps."""
-    return '<p class="legend">' + "".join(f"<span>{swatch(kind, colour)}{escape(label)}</span>"
-                                          for kind, colour, label in entries) + "</p>"
+    return (
+        '<p class="legend">'
+        + "".join(f"<span>{swatch(kind, colour)}{escape(label)}</span>" for kind, colour, label in entries)
+        + "</p>"
+    )
 
 
 def line_legend(plot, experiments):
@@ -388,16 +469,21 @@ def line_legend(plot, experiments):
     shown = [experiment for experiment in experiments if has_data(plot, [experiment])]
     entries = [("dot", experiment["colour"], experiment["name"]) for experiment in shown if len(experiments) > 1]
     colour = experiments[0]["colour"] if len(experiments) == 1 else "#5c6166"
-    kinds = [(line.style, colour, line.label) for line in plot.lines
-             if any(series(line, experiment, 1)[0] for experiment in shown)]
+    kinds = [
+        (line.style, colour, line.label)
+        for line in plot.lines
+        if any(series(line, experiment, 1)[0] for experiment in shown)
+    ]
     if plot.start and any(experiment["start"].get(plot.start) is not None for experiment in shown):
         kinds.append(("dotted", colour, "the start policy"))
     return legend(entries + kinds)
 
 
 def figure_html(title, legend_html, picture, caption):
-    return (f'<figure><h3>{escape(title)}</h3>{legend_html}<div class="plot">{picture}</div>'
-            f"<figcaption>{escape(caption)}</figcaption></figure>")
+    return (
+        f'<figure><h3>{escape(title)}</h3>{legend_html}<div class="plot">{picture}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 def section_html(title, plots, experiments):
@@ -438,19 +524,25 @@ def matrix_html(experiment):
     if not result:
         return ""
     names, last = result["names"], result["worst_case"][-1]
-    mixture = ", ".join(f"{name} {as_text(share, 2)}" for name, share in zip(names, result["nash_mixture"]) if share > 0.005)
+    mixture = ", ".join(
+        f"{name} {as_text(share, 2)}" for name, share in zip(names, result["nash_mixture"]) if share > 0.005
+    )
     kind = "Mean win probability" if result["measure"] == "mean_win_prob" else "Win rate"
-    caption = (f"{kind} of the row against the column in %, {result['num_prompts']} prompts in both orders. The worst of "
-               f"{names[-1]} is {as_text(last['win'], 1, 100)} % against {names[last['against']]} (95 % interval of the worst "
-               f"over all: {interval(last['interval'], 100)}). A Nash mixture of these players: {mixture}.")
+    caption = (
+        f"{kind} of the row against the column in %, {result['num_prompts']} prompts in both orders. The worst of "
+        f"{names[-1]} is {as_text(last['win'], 1, 100)} % against {names[last['against']]} (95 % interval of the worst "
+        f"over all: {interval(last['interval'], 100)}). A Nash mixture of these players: {mixture}."
+    )
     return figure_html(experiment["name"], "", draw_matrix(result), caption)
 
 
 # ---------------------------------------------------------------------------------------------- tables
 
+
 @dataclass
 class Column:
     """A column of the table by iteration: heading, unit, the figure and its form; `best` marks the max or min."""
+
     title: str
     unit: str
     field: str
@@ -462,11 +554,22 @@ class Column:
 
 COLUMNS = [
     Column("win rate against start", "%", "win_rate_start", scale=100, band="win_rate_start_interval", best=max),
-    Column("mean probability against start", "%", "mean_win_prob_start", scale=100,
-           band="mean_win_prob_start_interval", best=max),
+    Column(
+        "mean probability against start",
+        "%",
+        "mean_win_prob_start",
+        scale=100,
+        band="mean_win_prob_start_interval",
+        best=max,
+    ),
     Column("win rate against previous", "%", "win_rate_previous", scale=100, band="win_rate_previous_interval"),
-    Column("mean probability against previous", "%", "mean_win_prob_previous", scale=100,
-           band="mean_win_prob_previous_interval"),
+    Column(
+        "mean probability against previous",
+        "%",
+        "mean_win_prob_previous",
+        scale=100,
+        band="mean_win_prob_previous_interval",
+    ),
     Column("duality gap", "0: Nash", "duality_gap", 3, best=min),
     Column("other answers", "%", "other", scale=100),
     Column("KL from reference", "nats a response", "kl_reference", 3),
@@ -494,7 +597,7 @@ def cell(column, row, best):
     if row is None:
         return "<td></td>"
     if column.field == "weights":
-        return f'<td>{"kept" if row["weights"] else "–"}</td>'
+        return f"<td>{'kept' if row['weights'] else '–'}</td>"
     text = as_text(row[column.field], column.decimals, column.scale)
     if column.band and row[column.band]:
         text += f" <small>{interval(row[column.band], column.scale)}</small>"
@@ -503,15 +606,25 @@ def cell(column, row, best):
 
 def iterations_table(experiments):
     """All main figures by iteration; each has one column an experiment."""
-    columns = [column for column in COLUMNS
-               if any(row[column.field] is not None for e in experiments for row in e["iterations"])]
+    columns = [
+        column
+        for column in COLUMNS
+        if any(row[column.field] is not None for e in experiments for row in e["iterations"])
+    ]
     rows = [{row["iteration"]: row for row in experiment["iterations"]} for experiment in experiments]
-    bests = {(column.field, place): column.best((row[column.field] for row in found.values()
-                                                 if row[column.field] is not None), default=None)
-             for column in columns if column.best for place, found in enumerate(rows)}
+    bests = {
+        (column.field, place): column.best(
+            (row[column.field] for row in found.values() if row[column.field] is not None), default=None
+        )
+        for column in columns
+        if column.best
+        for place, found in enumerate(rows)
+    }
     several = len(experiments) > 1
-    heads = "".join(f'<th colspan="{len(experiments)}">{column.title}<small>{column.unit or "&nbsp;"}</small></th>'
-                    for column in columns)
+    heads = "".join(
+        f'<th colspan="{len(experiments)}">{column.title}<small>{column.unit or "&nbsp;"}</small></th>'
+        for column in columns
+    )
     span = ' rowspan="2"' if several else ""
     head = f'<tr><th class="first"{span}>iteration</th>{heads}</tr>'
     if several:
@@ -520,10 +633,14 @@ def iterations_table(experiments):
     body = []
     for iteration in sorted(set().union(*rows)):
         found = [by_number.get(iteration) for by_number in rows]
-        marks = "".join(f'<i class="moved" style="color:{e["colour"]}">▲</i>'
-                        for e, row in zip(experiments, found) if row and row["reference_moved"])
-        cells = "".join(cell(column, row, bests.get((column.field, place)))
-                        for column in columns for place, row in enumerate(found))
+        marks = "".join(
+            f'<i class="moved" style="color:{e["colour"]}">▲</i>'
+            for e, row in zip(experiments, found)
+            if row and row["reference_moved"]
+        )
+        cells = "".join(
+            cell(column, row, bests.get((column.field, place))) for column in columns for place, row in enumerate(found)
+        )
         ends = ' class="ends"' if any(row and row["round_ends"] for row in found) else ""
         body.append(f'<tr{ends}><th class="first">{iteration}{marks}</th>{cells}</tr>')
     return table(head, body, f"figures of{len(experiments)}")
@@ -532,7 +649,7 @@ def iterations_table(experiments):
 def settings_table(experiments):
     """run.json, one column an experiment; rows that differ are marked."""
     names = list(dict.fromkeys(name for experiment in experiments for name in experiment["settings"]))
-    heads = "".join(f'<th>{swatch("dot", e["colour"])}{escape(e["name"])}</th>' for e in experiments)
+    heads = "".join(f"<th>{swatch('dot', e['colour'])}{escape(e['name'])}</th>" for e in experiments)
     body = []
     for name in names:
         values = [experiment["settings"].get(name, "–") for experiment in experiments]
@@ -548,11 +665,14 @@ def shorter(value):
 
 
 def table(head, body, kind):
-    return (f'<div class="scroll" tabindex="0"><table class="{kind}"><thead>{head}</thead>'
-            f'<tbody>{"".join(body)}</tbody></table></div>')
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead>{head}</thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- pages
+
 
 def headline(experiment):
     """[(label, figure, note)] of the last evaluated iteration."""
@@ -561,13 +681,24 @@ def headline(experiment):
     if last is None:
         return []
     row = rows[last]
-    cards = [(f"win rate against {who}", as_text(row[f"win_rate_{name}"], scale=100) + " %",
-              "95 %: " + interval(row[f"win_rate_{name}_interval"], 100))
-             for name, who in (("start", "start"), ("previous", "previous")) if row[f"win_rate_{name}"] is not None]
+    cards = [
+        (
+            f"win rate against {who}",
+            as_text(row[f"win_rate_{name}"], scale=100) + " %",
+            "95 %: " + interval(row[f"win_rate_{name}_interval"], 100),
+        )
+        for name, who in (("start", "start"), ("previous", "previous"))
+        if row[f"win_rate_{name}"] is not None
+    ]
     if row["duality_gap"] is not None:
         start = experiment["start"]["duality_gap"]
-        cards.append(("duality gap", as_text(row["duality_gap"], 3),
-                      "0 at a Nash policy" + (f"; start {as_text(start, 3)}" if start is not None else "")))
+        cards.append(
+            (
+                "duality gap",
+                as_text(row["duality_gap"], 3),
+                "0 at a Nash policy" + (f"; start {as_text(start, 3)}" if start is not None else ""),
+            )
+        )
     # A checkpoint's KL is measured on what is sampled from it, one iteration later.
     after = rows.get(last + 1, {}).get("kl_start")
     kl, of = (after, "of this checkpoint") if after is not None else (row["kl_start"], "of the checkpoint before")
@@ -575,8 +706,13 @@ def headline(experiment):
         cards.append(("KL from start", as_text(kl, 2), f"nats a response, {of}"))
     if row["length_change"] is not None:
         sign = "+" if row["length_change"] > 0 else ""
-        cards.append(("mean length", f"{sign}{as_text(row['length_change'], scale=100)} %",
-                      f"{as_text(row['response_tokens'])} tokens; start {as_text(row['start_tokens'])}"))
+        cards.append(
+            (
+                "mean length",
+                f"{sign}{as_text(row['length_change'], scale=100)} %",
+                f"{as_text(row['response_tokens'])} tokens; start {as_text(row['start_tokens'])}",
+            )
+        )
     return cards
 
 
@@ -594,32 +730,42 @@ def progress(experiment):
 def experiment_html(experiment):
     """The top of the page: what was run, how far it is, the headline figures."""
     settings, last = experiment["settings"], experiment["state"]["last_evaluated"]
-    facts = [(name, settings[key]) for name, key in (("method", "METHOD"), ("model", "MODEL"), ("judge", "JUDGE"),
-                                                     ("fork of", "FROM")) if settings.get(key)]
+    facts = [
+        (name, settings[key])
+        for name, key in (("method", "METHOD"), ("model", "MODEL"), ("judge", "JUDGE"), ("fork of", "FROM"))
+        if settings.get(key)
+    ]
     facts = "".join(f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts)
-    cards = "".join(f"<div><dt>{escape(label)}</dt><dd>{figure}<small>{escape(note)}</small></dd></div>"
-                    for label, figure, note in headline(experiment))
+    cards = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{figure}<small>{escape(note)}</small></dd></div>"
+        for label, figure, note in headline(experiment)
+    )
     if cards:
         cards = f'<p class="last">Iteration {last}, the last one evaluated:</p><dl class="cards">{cards}</dl>'
     else:
         cards = '<p class="missing">No iteration has been evaluated yet.</p>'
-    unread = "".join(f'<p class="missing">Not read to its end: {escape(message)}</p>'
-                     for message in experiment["unread"])
-    return (f'<header style="--accent:{experiment["colour"]}"><h1>{escape(experiment["name"])}</h1>'
-            f'<p class="facts">{facts}</p><p class="state">{escape(progress(experiment))}</p>{cards}{unread}</header>')
+    unread = "".join(
+        f'<p class="missing">Not read to its end: {escape(message)}</p>' for message in experiment["unread"]
+    )
+    return (
+        f'<header style="--accent:{experiment["colour"]}"><h1>{escape(experiment["name"])}</h1>'
+        f'<p class="facts">{facts}</p><p class="state">{escape(progress(experiment))}</p>{cards}{unread}</header>'
+    )
 
 
 def page(title, body):
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
+    )
 
 
 def index_html(experiments):
     """The report's page."""
     names = ", ".join(experiment["name"] for experiment in experiments)
     tops = "".join(map(experiment_html, experiments))
-    note = ('<p class="note"><a href="responses.html">Read responses side by side</a></p>')
+    note = '<p class="note"><a href="responses.html">Read responses side by side</a></p>'
     if not any(experiment["iterations"] for experiment in experiments):
         body = '<p class="missing">No iteration has begun.</p>'
     else:
@@ -630,11 +776,14 @@ def index_html(experiments):
         matrices = "".join(map(matrix_html, experiments))
         if matrices:
             body += f'<section><h2>All against all</h2><div class="grid">{matrices}</div></section>'
-        body += ("<section><h2>By iteration</h2>" + iterations_table(experiments) +
-                 '<p class="note">In colour: the highest figures against the start and the lowest duality gap. '
-                 "Intervals: 95 %. KL from reference and start, sample length and truncation are those of the "
-                 "checkpoint before, which the iteration samples from. A line ends a round; ▲: behind this iteration "
-                 "the reference moved.</p></section>")
+        body += (
+            "<section><h2>By iteration</h2>"
+            + iterations_table(experiments)
+            + '<p class="note">In colour: the highest figures against the start and the lowest duality gap. '
+            "Intervals: 95 %. KL from reference and start, sample length and truncation are those of the "
+            "checkpoint before, which the iteration samples from. A line ends a round; ▲: behind this iteration "
+            "the reference moved.</p></section>"
+        )
     settings = "<section><h2>Settings</h2>" + settings_table(experiments)
     settings += '<p class="note">Marked rows differ.</p>' if len(experiments) > 1 else ""
     return page(f"COMAL: {names}", f"{tops}{note}{body}{settings}</section>")
@@ -643,13 +792,18 @@ def index_html(experiments):
 def read_responses(path, files, experiment, num_prompts):
     """[{prompt, start, previous, current, win_prob_start, win_prob_previous}] of the last evaluated iteration."""
     last = experiment["state"]["last_evaluated"]
-    found = {name: files.figures(comparison_rows, Path(path) / f"iter{last}" / "eval" / f"vs_{name}.jsonl",
-                                 limit=num_prompts) for name in ("start", "previous")}
+    found = {
+        name: files.figures(
+            comparison_rows, Path(path) / f"iter{last}" / "eval" / f"vs_{name}.jsonl", limit=num_prompts
+        )
+        for name in ("start", "previous")
+    }
     rows = {}
     for name, comparisons in found.items():
         for prompt_id, row in comparisons.items():
             rows.setdefault(prompt_id, {"prompt": row["prompt"], "current": row["response"]}).update(
-                {name: row["baseline"], f"win_prob_{name}": row["win_prob"]})
+                {name: row["baseline"], f"win_prob_{name}": row["win_prob"]}
+            )
     return list(rows.values())[:num_prompts]
 
 
@@ -659,8 +813,10 @@ def response_html(title, sample, note=""):
         return f'<div><h4>{escape(title)}</h4><p class="missing">no comparison</p></div>'
     facts = [f"{as_text(sample['tokens'], 0)} tokens"] if sample["tokens"] is not None else []
     facts += ["truncated"] * sample["truncated"]
-    return (f"<div><h4>{escape(title)}</h4><p class='verdict'>{escape(note)}</p>"
-            f'<p class="text">{escape(sample["text"])}</p><p class="facts">{", ".join(facts)}</p></div>')
+    return (
+        f"<div><h4>{escape(title)}</h4><p class='verdict'>{escape(note)}</p>"
+        f'<p class="text">{escape(sample["text"])}</p><p class="facts">{", ".join(facts)}</p></div>'
+    )
 
 
 def responses_html(experiments, responses):
@@ -673,14 +829,18 @@ def responses_html(experiments, responses):
         if not rows:
             parts.append('<p class="missing">No iteration has been evaluated yet.</p>')
         for place, row in enumerate(rows, 1):
-            notes = {name: f"current beats this with {as_text(row.get(f'win_prob_{name}'), 0, 100)} %"
-                     for name in ("start", "previous")}
+            notes = {
+                name: f"current beats this with {as_text(row.get(f'win_prob_{name}'), 0, 100)} %"
+                for name in ("start", "previous")
+            }
             parts.append(
                 f'<article style="--accent:{experiment["colour"]}"><h3>{place}</h3>'
                 f'<p class="text prompt">{escape(row["prompt"])}</p><div class="columns">'
                 + response_html("start policy", row.get("start"), notes["start"])
                 + response_html(before, row.get("previous"), notes["previous"])
-                + response_html(f"iteration {last} (current)", row["current"]) + "</div></article>")
+                + response_html(f"iteration {last} (current)", row["current"])
+                + "</div></article>"
+            )
     return page("COMAL: responses", "".join(parts))
 
 
@@ -755,6 +915,7 @@ h4 { margin: 0; font-size: 13.5px; font-weight: 600 }
 
 # ---------------------------------------------------------------------------------------------- the report
 
+
 def name_apart(experiments):
     """Give each its colour, and those of one name their paths as names."""
     names = Counter(experiment["name"] for experiment in experiments)
@@ -790,8 +951,10 @@ def write_report(experiments, output=None, num_prompts=40):
     name_apart(found)
     responses = [read_responses(path, files, experiment, num_prompts) for path, experiment in zip(paths, found)]
     summary = [{name: value for name, value in experiment.items() if name != "colour"} for experiment in found]
-    write_text(output / "summary.json", json.dumps({"experiments": summary}, indent=1, ensure_ascii=False,
-                                                   allow_nan=False) + "\n")
+    write_text(
+        output / "summary.json",
+        json.dumps({"experiments": summary}, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    )
     write_text(output / "responses.html", responses_html(found, responses))
     write_text(output / "index.html", index_html(found))
     files.save()

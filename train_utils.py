@@ -21,8 +21,23 @@ import torch
 
 from data_utils import load_tokenizer
 from logps import install_head, response_logps
-from utils import (StageError, check_at_least, check_input, check_made_with, check_weights, die_with_parent, dump_json,
-                   fingerprint, first_line, log, model_fingerprint, resolve_model, split_list, sync, write_text)
+from utils import (
+    StageError,
+    check_at_least,
+    check_input,
+    check_made_with,
+    check_weights,
+    die_with_parent,
+    dump_json,
+    fingerprint,
+    first_line,
+    log,
+    model_fingerprint,
+    resolve_model,
+    split_list,
+    sync,
+    write_text,
+)
 
 
 @dataclass
@@ -87,8 +102,14 @@ class TrainingConfig:
         for name in ("learning_rate", "num_epochs", "global_batch_size", "max_length", "eval_steps"):
             if not getattr(self, name) > 0:
                 raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
-        check_at_least(0, micro_batch_tokens=self.micro_batch_tokens, save_steps=self.save_steps, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
-                       start_tolerance=self.start_tolerance)
+        check_at_least(
+            0,
+            micro_batch_tokens=self.micro_batch_tokens,
+            save_steps=self.save_steps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            start_tolerance=self.start_tolerance,
+        )
         if not 0 <= self.seed < 2**32:  # NumPy's
             raise StageError(f"--seed should be between 0 and {2**32 - 1}, got {self.seed}")
         if self.select not in ("best", "last"):
@@ -107,6 +128,7 @@ class TrainingConfig:
 
 # ---------------------------------------------------------------------------------------------- models
 
+
 def start_accelerator(seed, **settings):
     """The Accelerator of this process, as `accelerate launch` or its absence says; seeds all generators.
 
@@ -115,13 +137,16 @@ def start_accelerator(seed, **settings):
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedType, set_seed
+
     if "LOCAL_RANK" in os.environ:
         die_with_parent()  # the launcher
     accelerator = Accelerator(**settings)
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision == "bf16":
         from torch.distributed.fsdp import MixedPrecisionPolicy
+
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
     if not accelerator.is_main_process:
         log.setLevel("WARNING")
     for name, level in (("accelerate", "WARNING"), ("accelerate.utils.other", "ERROR")):  # each file of a resume point
@@ -134,6 +159,7 @@ def load_model(name, from_config=False, gradient_checkpointing=False):
     """A causal language model with float32 weights; bfloat16 ones would not move at learning rates like 5e-7."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
+
     logging.disable_progress_bar()  # of the single files; stages show their own
     directory = resolve_model(name)
     if not from_config:
@@ -145,7 +171,8 @@ def load_model(name, from_config=False, gradient_checkpointing=False):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
         else:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+                directory, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
             if loading["mismatched_keys"]:
                 raise ValueError("its weights do not have the shapes of its config.json")
             if loading["missing_keys"]:  # they would be random
@@ -160,6 +187,7 @@ def load_model(name, from_config=False, gradient_checkpointing=False):
 def vocabulary_size(name):
     """Number of tokens of a model, from its configuration alone."""
     from transformers import AutoConfig
+
     directory = resolve_model(name)
     try:
         return AutoConfig.from_pretrained(directory).get_text_config().vocab_size
@@ -196,6 +224,7 @@ def local_batches(batches, accelerator):
 
 # ---------------------------------------------------------------------------------------------- files
 
+
 def move_directory(source, target):
     """Rename a directory, for good, in place of what `target` was."""
     shutil.rmtree(target, ignore_errors=True)
@@ -219,8 +248,18 @@ def publish(temporary, target):
 
 # Settings with which an unfinished run may go on although they differ. The contents of the four paths are compared
 # instead, except the tokenizer's.
-MAY_CHANGE = {"output", "micro_batch_tokens", "gradient_checkpointing", "save_steps", "start_tolerance",
-              "report_to", "model", "tokenizer", "input", "validation"}
+MAY_CHANGE = {
+    "output",
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "save_steps",
+    "start_tolerance",
+    "report_to",
+    "model",
+    "tokenizer",
+    "input",
+    "validation",
+}
 
 
 def train(compute_loss, config, dataset_class, **method):
@@ -265,8 +304,9 @@ class Trainer:
         if config.validation:
             check_input(config.validation)
         self.tokenizer = load_tokenizer(config.model, config.tokenizer)
-        self.accelerator = start_accelerator(config.seed, log_with=config.trackers() or None,
-                                             project_dir=self.output / "tensorboard")
+        self.accelerator = start_accelerator(
+            config.seed, log_with=config.trackers() or None, project_dir=self.output / "tensorboard"
+        )
         self.made_with = self.what_the_result_depends_on()
         resumed = self.find_resume_point()
         vocab_size = vocabulary_size(config.model)
@@ -294,27 +334,42 @@ class Trainer:
                     path.unlink()
             self.metrics_file = open(self.output / "metrics.jsonl", "w", encoding="utf-8")
         if config.trackers():
-            self.accelerator.init_trackers("comal", init_kwargs={
-                "tensorboard": {"purge_step": self.start_step + 1},
-                "wandb": {"name": str(self.output), "config": self.settings}})
+            self.accelerator.init_trackers(
+                "comal",
+                init_kwargs={
+                    "tensorboard": {"purge_step": self.start_step + 1},
+                    "wandb": {"name": str(self.output), "config": self.settings},
+                },
+            )
         self.describe()
 
     def describe(self):
         """Print settings, batch arithmetic and versions; keep them in training.json."""
         import accelerate
         import transformers
+
         config, accelerator = self.config, self.accelerator
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent).stdout.strip()
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                    "accelerate": accelerate.__version__, "commit": commit or "unknown"}
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+        versions = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "commit": commit or "unknown",
+        }
         log.info("settings: %s", ", ".join(f"{name} {value}" for name, value in self.settings.items()))
         log.info("versions: %s", ", ".join(f"{name} {value}" for name, value in versions.items()))
-        log.info("global batch %d, dealt to %d processes, %s a forward pass; %d examples, %d updates; %s, %s",
-                 config.global_batch_size, accelerator.num_processes,
-                 f"{config.micro_batch_tokens} tokens" if config.micro_batch_tokens else "one example",
-                 len(self.data), self.total_steps, accelerator.distributed_type.value.replace("NO", "one process"),
-                 accelerator.mixed_precision.replace("no", "float32"))
+        log.info(
+            "global batch %d, dealt to %d processes, %s a forward pass; %d examples, %d updates; %s, %s",
+            config.global_batch_size,
+            accelerator.num_processes,
+            f"{config.micro_batch_tokens} tokens" if config.micro_batch_tokens else "one example",
+            len(self.data),
+            self.total_steps,
+            accelerator.distributed_type.value.replace("NO", "one process"),
+            accelerator.mixed_precision.replace("no", "float32"),
+        )
         if accelerator.is_main_process:
             write_text(self.output / "training.json", json.dumps(self.settings | versions, indent=2) + "\n")
 
@@ -331,8 +386,9 @@ class Trainer:
 
     def resume_points(self):
         """{step: the file that is written last} of the complete resume points."""
-        return {int(path.parent.name.removeprefix("resume-")): path
-                for path in self.output.glob("resume-*/progress.json")}
+        return {
+            int(path.parent.name.removeprefix("resume-")): path for path in self.output.glob("resume-*/progress.json")
+        }
 
     def find_resume_point(self):
         """What the newest resume point recorded, or None. Raises StageError where this run cannot go on there."""
@@ -384,7 +440,7 @@ class Trainer:
         for step in range(self.start_step, self.total_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             size = self.config.global_batch_size
-            self.update(step, self.order(epoch)[position * size:(position + 1) * size])
+            self.update(step, self.order(epoch)[position * size : (position + 1) * size])
             done = step + 1
             improved = False
             if self.validation and (position + 1 == self.steps_per_epoch or done % self.config.eval_steps == 0):
@@ -434,12 +490,16 @@ class Trainer:
             group["lr"] = rate
         metrics = self.run_batch(self.data, indices, backward=True)
         if not math.isfinite(metrics["loss"]):
-            raise StageError(f"loss {metrics['loss']} at step {step + 1}; prompt ids of the batch: "
-                             + ", ".join(self.data.ids[i] for i in indices))
+            raise StageError(
+                f"loss {metrics['loss']} at step {step + 1}; prompt ids of the batch: "
+                + ", ".join(self.data.ids[i] for i in indices)
+            )
         if step == 0:
             self.check_start(metrics)
         if self.config.max_grad_norm > 0:
-            metrics["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+            metrics["grad_norm"] = float(
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         now = time.monotonic()
@@ -485,8 +545,11 @@ class Trainer:
 
     def add_metrics(self, sums, logps, losses, weight, batch, tokens, counts):
         """Add one micro-batch's sums of losses and metrics. Margin and KL estimates are in nats a response."""
-        values = {"loss": (losses * weight).sum(), "count": torch.tensor(float(len(losses)) * counts),
-                  "tokens": torch.tensor(float(tokens) * counts)}
+        values = {
+            "loss": (losses * weight).sum(),
+            "count": torch.tensor(float(len(losses)) * counts),
+            "tokens": torch.tensor(float(tokens) * counts),
+        }
         if "last_chosen_logps" in batch:
             last = torch.cat([batch["last_chosen_logps"], batch["last_rejected_logps"]])  # (2N,)
             ref = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
@@ -512,12 +575,18 @@ class Trainer:
         off = metrics["start_difference"]
         default = 3.0 if self.accelerator.mixed_precision == "bf16" else 0.05
         tolerance = self.config.start_tolerance or default
-        log.info("untouched policy: stored log-probabilities are off by at most %.2e nats, "
-                 "the normalised loss differs from 1 by %.2e", off, abs(metrics["normalised_loss"] - 1))
+        log.info(
+            "untouched policy: stored log-probabilities are off by at most %.2e nats, "
+            "the normalised loss differs from 1 by %.2e",
+            off,
+            abs(metrics["normalised_loss"] - 1),
+        )
         if not off <= tolerance:
-            raise StageError(f"{self.config.input}: the last policy's stored log-probabilities differ from those of "
-                             f"{self.config.model} by up to {off:.3g} nats (allowed: {tolerance}); was the file made "
-                             "with another model or precision? Run get_logprobs.py again, launched as training is")
+            raise StageError(
+                f"{self.config.input}: the last policy's stored log-probabilities differ from those of "
+                f"{self.config.model} by up to {off:.3g} nats (allowed: {tolerance}); was the file made "
+                "with another model or precision? Run get_logprobs.py again, launched as training is"
+            )
 
     def report(self, step, metrics, remaining):
         """One line on the terminal and one JSON line in metrics.jsonl."""
@@ -526,14 +595,24 @@ class Trainer:
         metrics.pop("start_difference", None)
         self.write_metrics({"step": step} | metrics)
         width = len(str(self.total_steps))
-        parts = [f"step {step:0{width}}/{self.total_steps}", f"loss {metrics['loss']:.4g}",
-                 f"rel {metrics['normalised_loss']:.4f}"]
+        parts = [
+            f"step {step:0{width}}/{self.total_steps}",
+            f"loss {metrics['loss']:.4g}",
+            f"rel {metrics['normalised_loss']:.4f}",
+        ]
         if "margin" in metrics:
-            parts += [f"margin {metrics['margin']:.3g}", f"acc {metrics['accuracy']:.2f}",
-                      f"kl_last {metrics['kl_last']:.3g}", f"kl_ref {metrics['kl_ref']:.3g}"]
+            parts += [
+                f"margin {metrics['margin']:.3g}",
+                f"acc {metrics['accuracy']:.2f}",
+                f"kl_last {metrics['kl_last']:.3g}",
+                f"kl_ref {metrics['kl_ref']:.3g}",
+            ]
         minutes, seconds = divmod(int(remaining), 60)
-        parts += [f"lr {metrics['learning_rate']:.1e}", f"tok/s {metrics['tokens_per_s']:,.0f}",
-                  f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
+        parts += [
+            f"lr {metrics['learning_rate']:.1e}",
+            f"tok/s {metrics['tokens_per_s']:,.0f}",
+            f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}",
+        ]
         print(" | ".join(parts), flush=True)
 
     def write_metrics(self, record):
@@ -543,8 +622,10 @@ class Trainer:
             self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
         except OSError as error:
             kept = max(self.resume_points(), default=0)
-            raise StageError(f"{self.output / 'metrics.jsonl'}: {error.strerror}; free some space and start again: "
-                             f"all up to update {kept} is kept") from None
+            raise StageError(
+                f"{self.output / 'metrics.jsonl'}: {error.strerror}; free some space and start again: "
+                f"all up to update {kept} is kept"
+            ) from None
 
     def validate(self, step):
         """Report the mean loss over the validation data; return whether it is the lowest so far."""
@@ -558,8 +639,11 @@ class Trainer:
         best = self.best is None or metrics["loss"] < self.best["validation_loss"]
         if self.accelerator.is_main_process:
             self.write_metrics({"step": step} | {f"validation_{k}": v for k, v in metrics.items()})
-            print(f"validation after step {step}: loss {metrics['loss']:.4g} | rel {metrics['normalised_loss']:.4f}"
-                  + " | lowest so far" * best, flush=True)
+            print(
+                f"validation after step {step}: loss {metrics['loss']:.4g} | rel {metrics['normalised_loss']:.4f}"
+                + " | lowest so far" * best,
+                flush=True,
+            )
         if best:
             self.best = {"step": step, "validation_loss": metrics["loss"]}
         return best
@@ -592,6 +676,7 @@ class Trainer:
         """
         from safetensors import SafetensorError
         from torch.distributed.checkpoint.api import CheckpointException
+
         temporary = self.output / f"{name.partition('-')[0]}.tmp"
         try:
             yield temporary
@@ -605,6 +690,8 @@ class Trainer:
             free = shutil.disk_usage(self.output).free / 2**20
             shutil.rmtree(temporary, ignore_errors=True)
             kept = max(self.resume_points(), default=0)
-            raise StageError(f"{self.output / name} could not be saved: {reason} ({free:,.1f} MiB free there); free some "
-                             f"space and start again: all up to update {kept} is kept") from None
+            raise StageError(
+                f"{self.output / name} could not be saved: {reason} ({free:,.1f} MiB free there); free some "
+                f"space and start again: all up to update {kept} is kept"
+            ) from None
         self.accelerator.wait_for_everyone()

@@ -28,6 +28,7 @@ class StageError(RuntimeError):
 
 # ---------------------------------------------------------------------------------------------- command line
 
+
 def run(*commands):
     """Run a stage's `main` (or one of several commands) from the command line.
 
@@ -93,8 +94,15 @@ def _flags(command):
     """{flag name: inspect.Parameter}, the command's own flags first, then the fields of its configuration."""
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     fields = dataclasses.fields(_config(command)) if _config(command) else ()
-    settings = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=field.type, default=
-                inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default) for field in fields]
+    settings = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=field.type,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+        )
+        for field in fields
+    ]
     return {p.name: p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own + settings}
 
 
@@ -168,6 +176,7 @@ def _fire_command(program, command, flags):
                 return value
             except (ValueError, KeyError):
                 _fail(f"{program}: error: --{name} takes {kind.__name__}, got {text!r}", 2)
+
         return read
 
     call.__name__ = command.__name__
@@ -179,13 +188,17 @@ def _fire_command(program, command, flags):
 def _documentation(command):
     """The command's docstring, its `Args:` continued with those of its configuration and what that inherits from."""
     text = inspect.getdoc(command)
-    sections = [inspect.getdoc(base).partition("Args:\n")[2].rstrip()
-                for base in inspect.getmro(_config(command) or object) if dataclasses.is_dataclass(base)]
+    sections = [
+        inspect.getdoc(base).partition("Args:\n")[2].rstrip()
+        for base in inspect.getmro(_config(command) or object)
+        if dataclasses.is_dataclass(base)
+    ]
     text = text if "Args:" in text or not sections else text + "\n\nArgs:"
     return "\n".join([text.rstrip(), *sections])
 
 
 # ---------------------------------------------------------------------------------------------- files
+
 
 def split_list(value):
     """A comma-separated flag as a list of its non-empty parts."""
@@ -201,8 +214,10 @@ def file_lists(**flags):
     lists = {name: [Path(part) for part in split_list(value)] for name, value in flags.items()}
     counts = {name: len(paths) for name, paths in lists.items()}
     if len(set(counts.values())) != 1 or not max(counts.values()):
-        raise StageError("these flags need one file each, or equally long comma-separated lists: "
-                         + ", ".join(f"--{name} has {count}" for name, count in counts.items()))
+        raise StageError(
+            "these flags need one file each, or equally long comma-separated lists: "
+            + ", ".join(f"--{name} has {count}" for name, count in counts.items())
+        )
     inputs = [path for name, paths in lists.items() if name not in ("output", "compared") for path in paths]
     for path in inputs:
         check_input(path)
@@ -245,16 +260,25 @@ def check_input(path, also=""):
             raise StageError(f"input file {path} is {kind}, not JSONL text; unpack or convert it first")
 
 
-_FORMATS = {b"\x1f\x8b": "compressed with gzip", b"\x28\xb5\x2f\xfd": "compressed with zstd",
-            b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file",
-            b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
+_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
 
 
 # Which stage a field comes from, for whoever hands a file to the wrong one.
 WRITTEN_BY = {
-    "prompt_token_ids": "sampling.py", "samples": "sampling.py", "chosen": "data_processing.py make_pairs",
-    "rejected": "data_processing.py make_pairs", "chosen_token_ids": "data_processing.py make_pairs",
-    "rejected_token_ids": "data_processing.py make_pairs", "messages": "data_processing.py make_sft",
+    "prompt_token_ids": "sampling.py",
+    "samples": "sampling.py",
+    "chosen": "data_processing.py make_pairs",
+    "rejected": "data_processing.py make_pairs",
+    "chosen_token_ids": "data_processing.py make_pairs",
+    "rejected_token_ids": "data_processing.py make_pairs",
+    "messages": "data_processing.py make_sft",
 } | {f"{model}_{side}_logp": "get_logprobs.py" for model in ("last", "ref") for side in ("chosen", "rejected")}
 
 
@@ -291,16 +315,17 @@ def scan_jsonl(path, fields=None, unique="prompt_id"):
             for name, kind in (fields or {}).items():
                 if name not in record:
                     writer = f" ({WRITTEN_BY[name]} writes it)" if name in WRITTEN_BY else ""
-                    raise StageError(f"{where}: field {name!r} is missing{writer}; "
-                                     f"found {', '.join(record) or 'no field'}")
+                    raise StageError(
+                        f"{where}: field {name!r} is missing{writer}; found {', '.join(record) or 'no field'}"
+                    )
                 if not isinstance(record[name], kind) or isinstance(record[name], bool):
                     wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-                    raise StageError(f"{where}: field {name!r} should be {wanted}, "
-                                     f"got {type(record[name]).__name__}")
+                    raise StageError(f"{where}: field {name!r} should be {wanted}, got {type(record[name]).__name__}")
             if unique in record:
                 if not isinstance(record[unique], (str, int)) or isinstance(record[unique], bool):
-                    raise StageError(f"{where}: {unique} should be text or a number, "
-                                     f"got {type(record[unique]).__name__}")
+                    raise StageError(
+                        f"{where}: {unique} should be text or a number, got {type(record[unique]).__name__}"
+                    )
                 if str(record[unique]) in seen:
                     raise StageError(f"{where}: {unique} {str(record[unique])!r} occurs a second time")
                 seen.add(str(record[unique]))
@@ -357,15 +382,18 @@ def read_samples(path, at_least=2):
         check_token_ids(where, "prompt_token_ids", record["prompt_token_ids"])
         for sample in record["samples"]:
             if not (isinstance(sample, dict) and isinstance(sample.get("text"), str)):
-                raise StageError(f"{where}: each of samples should be {{text, token_ids, finish_reason}}, "
-                                 f"got {dump_json(sample)[:100]}")
+                raise StageError(
+                    f"{where}: each of samples should be {{text, token_ids, finish_reason}}, "
+                    f"got {dump_json(sample)[:100]}"
+                )
             check_token_ids(where, "token_ids of a sample", sample.get("token_ids"))
         count = len(record["samples"]) if count is None else count
         if len(record["samples"]) != count:
             raise StageError(f"{where}: {len(record['samples'])} samples, but the records before it have {count}")
         if count < at_least:
-            raise StageError(f"{where}: {count} samples, needed: {at_least}; sample again with --num_samples {at_least} "
-                             "or more")
+            raise StageError(
+                f"{where}: {count} samples, needed: {at_least}; sample again with --num_samples {at_least} or more"
+            )
         yield record
 
 
@@ -377,9 +405,14 @@ def read_scores(path):
     for number, record in enumerate(read_samples(path)):
         where, rows = f"{path}, prompt_id {record['prompt_id']}", record.get("win_probs")
         count = len(record["samples"])
-        if not (isinstance(rows, list) and len(rows) == count and
-                all(isinstance(row, list) and len(row) == count for row in rows)):
-            found = "is missing; is this a scores file, as scoring.py writes it?" if rows is None else "has another shape"
+        if not (
+            isinstance(rows, list)
+            and len(rows) == count
+            and all(isinstance(row, list) and len(row) == count for row in rows)
+        ):
+            found = (
+                "is missing; is this a scores file, as scoring.py writes it?" if rows is None else "has another shape"
+            )
             raise StageError(f"{where}: win_probs should be {count} x {count} numbers for {count} samples, it {found}")
         for i in range(count):
             if rows[i][i] is not None:
@@ -388,8 +421,10 @@ def read_scores(path):
                 check_probability(where, f"win_probs[{i}][{j}]", rows[i][j])
                 check_probability(where, f"win_probs[{j}][{i}]", rows[j][i])
                 if abs(rows[i][j] + rows[j][i] - 1) > 1e-6:
-                    raise StageError(f"{where}: win_probs[{i}][{j}] and [{j}][{i}] should add up to 1, "
-                                     f"got {rows[i][j]} and {rows[j][i]}")
+                    raise StageError(
+                        f"{where}: win_probs[{i}][{j}] and [{j}][{i}] should add up to 1, "
+                        f"got {rows[i][j]} and {rows[j][i]}"
+                    )
         yield record
 
 
@@ -407,8 +442,10 @@ def check_probability(where, name, value):
 
 def are_messages(value):
     """Whether `value` is a list of {role, content} with text in both."""
-    return isinstance(value, list) and all(isinstance(message, dict) and isinstance(message.get("role"), str) and
-                                           isinstance(message.get("content"), str) for message in value)
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
 
 
 def first_line(error):
@@ -469,6 +506,7 @@ def write_text(path, text):
 
 # ---------------------------------------------------------------------------------------------- models on disk
 
+
 def resolve_model(name):
     """The local directory of a model: a path, a path with a `model` subfolder (our checkpoints, the released
     ones), or a Hub id of either form, which is downloaded. Raises StageError when there is none."""
@@ -489,11 +527,13 @@ def _download(name, only=None):
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise StageError(f"model {name}: no such directory (and not a Hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no model
-        raise StageError(f"model {name}: no such directory, and the Hub did not provide it: "
-                         f"{first_line(error)}") from None
+        raise StageError(
+            f"model {name}: no such directory, and the Hub did not provide it: {first_line(error)}"
+        ) from None
 
 
 def has_tokenizer(directory):
@@ -505,7 +545,9 @@ def resolve_tokenizer(model, tokenizer=""):
     if not tokenizer:
         return resolve_model(model)
     if Path(tokenizer).exists():
-        return next((str(path) for path in (Path(tokenizer), Path(tokenizer) / "model") if has_tokenizer(path)), tokenizer)
+        return next(
+            (str(path) for path in (Path(tokenizer), Path(tokenizer) / "model") if has_tokenizer(path)), tokenizer
+        )
     return str(_download(tokenizer, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
 
 
@@ -526,8 +568,9 @@ def check_weights(directory):
             raise StageError(f"{index} is damaged: it cannot be read; copy or download it again") from None
         missing = sorted(name for name in names if not (directory / name).is_file())
         if missing:
-            raise StageError(f"{directory} lacks {', '.join(missing)}, which {index.name} names; "
-                             "copy or download it again")
+            raise StageError(
+                f"{directory} lacks {', '.join(missing)}, which {index.name} names; copy or download it again"
+            )
     for path in files:
         if path.suffix != ".safetensors":
             continue
@@ -540,8 +583,10 @@ def check_weights(directory):
         except (ValueError, KeyError, TypeError, AttributeError):
             raise StageError(f"{path} is damaged: its header cannot be read; copy or download it again") from None
         if 8 + length + end != size:
-            raise StageError(f"{path} is damaged: it has {size:,} bytes, its header says {8 + length + end:,}; "
-                             "copy or download it again")
+            raise StageError(
+                f"{path} is damaged: it has {size:,} bytes, its header says {8 + length + end:,}; "
+                "copy or download it again"
+            )
 
 
 def fingerprint(path):
@@ -576,11 +621,15 @@ def check_made_with(path, what, then, now):
         what: what it holds, for the message.
         then, now: {setting: value}
     """
-    changed = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in {**then, **now}
-               if then.get(name) != now.get(name)]
+    changed = [
+        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+        for name in {**then, **now}
+        if then.get(name) != now.get(name)
+    ]
     if changed:
-        raise StageError(f"{path} holds {what} with other settings ({'; '.join(changed)}); "
-                         "use those again, or remove it")
+        raise StageError(
+            f"{path} holds {what} with other settings ({'; '.join(changed)}); use those again, or remove it"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- seeds
@@ -596,6 +645,7 @@ def derive_seed(*parts):
 
 
 # ---------------------------------------------------------------------------------------------- processes
+
 
 def die_with_parent():
     """Ask the kernel to kill this process when its parent ends, however that ends (Linux only)."""

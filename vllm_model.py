@@ -10,8 +10,15 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
-from utils import (StageError, check_at_least, check_weights, derive_seed, model_fingerprint, resolve_model,
-                   resolve_tokenizer)
+from utils import (
+    StageError,
+    check_at_least,
+    check_weights,
+    derive_seed,
+    model_fingerprint,
+    resolve_model,
+    resolve_tokenizer,
+)
 from workers import PoolConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -93,13 +100,16 @@ class Engine:
 
     def __init__(self, model, tokenizer, max_model_len, config, rewards=False):
         from transformers import AutoConfig
+
         directory = resolve_model(model)
         model_config = AutoConfig.from_pretrained(directory).get_text_config()
         self.model, self.vocab_size, self.counter = model, model_config.vocab_size, itertools.count()
         positions = getattr(model_config, "max_position_embeddings", None)
         if positions and max_model_len > positions:
-            raise StageError(f"{model} has {positions} positions, but prompt and new tokens may take {max_model_len}; "
-                             "lower --max_prompt_tokens (of a policy also --max_new_tokens)")
+            raise StageError(
+                f"{model} has {positions} positions, but prompt and new tokens may take {max_model_len}; "
+                "lower --max_prompt_tokens (of a policy also --max_new_tokens)"
+            )
         on_gpu = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -107,11 +117,15 @@ class Engine:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in a quarter of the time
         if not on_gpu:
             # A prompt is read in one piece: vLLM's CPU backend cannot rewind a seeded generator after part of one.
-            for_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len),
-                       "kv_cache_memory_bytes": cpu_kv_cache_bytes(model_config, max_model_len),
-                       "block_size": 32}  # shared prefixes are found in whole blocks; vLLM's own choice is 128
+            for_cpu = {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, max_model_len),
+                "kv_cache_memory_bytes": cpu_kv_cache_bytes(model_config, max_model_len),
+                "block_size": 32,
+            }  # shared prefixes are found in whole blocks; vLLM's own choice is 128
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about each other
         from vllm import LLM
+
         self.llm = LLM(
             model=directory,
             tokenizer=resolve_tokenizer(model, tokenizer),
@@ -134,12 +148,15 @@ class Engine:
         Raises StageError for a token outside the vocabulary.
         """
         from vllm.sampling_params import RequestOutputKind
+
         if not prompts:
             return []
         largest = max(map(max, prompts))
         if largest >= self.vocab_size:
-            raise StageError(f"token {largest} of a prompt is outside the vocabulary of {self.model} ({self.vocab_size} "
-                             "tokens); name the tokenizer that it was trained with (--tokenizer, --judge_tokenizer)")
+            raise StageError(
+                f"token {largest} of a prompt is outside the vocabulary of {self.model} ({self.vocab_size} "
+                "tokens); name the tokenizer that it was trained with (--tokenizer, --judge_tokenizer)"
+            )
         names = [str(next(self.counter)) for _ in prompts]
         for name, ids, own in zip(names, prompts, params, strict=True):
             own.output_kind = RequestOutputKind.FINAL_ONLY
@@ -213,6 +230,7 @@ class Sampler(EngineWork):
 
     def __init__(self, config, num_samples, temperature):
         from data_utils import end_token_id, load_tokenizer
+
         super().__init__()
         self.config, self.num_samples, self.temperature = config, num_samples, temperature
         self.tokenizer = load_tokenizer(config.model, config.tokenizer)
@@ -221,33 +239,55 @@ class Sampler(EngineWork):
 
     def requests(self, tasks):
         from data_utils import encode_prompt
+
         prompts = [encode_prompt(self.tokenizer, record["prompt"]) for _, record in tasks]
         fits = [len(ids) <= self.config.max_prompt_tokens for ids in prompts]
-        return ([ids for ids, fit in zip(prompts, fits) if fit],
-                [self.params(*task) for task, fit in zip(tasks, fits) if fit],
-                partial(self.results, tasks, prompts, fits))
+        return (
+            [ids for ids, fit in zip(prompts, fits) if fit],
+            [self.params(*task) for task, fit in zip(tasks, fits) if fit],
+            partial(self.results, tasks, prompts, fits),
+        )
 
     def results(self, tasks, prompts, fits, outputs):
         outputs, results = iter(outputs), []
         for (_, record), ids, fit in zip(tasks, prompts, fits):
             if fit:
                 completions = sorted(next(outputs).outputs, key=lambda completion: completion.index)
-                results.append({"prompt_id": record["prompt_id"], "prompt": record["prompt"], "prompt_token_ids": ids,
-                                "samples": [self.sample(completion) for completion in completions]})
+                results.append(
+                    {
+                        "prompt_id": record["prompt_id"],
+                        "prompt": record["prompt"],
+                        "prompt_token_ids": ids,
+                        "samples": [self.sample(completion) for completion in completions],
+                    }
+                )
             else:
-                results.append({"prompt_id": record["prompt_id"], "skipped":
-                                f"the prompt has {len(ids)} tokens, --max_prompt_tokens is {self.config.max_prompt_tokens}"})
+                results.append(
+                    {
+                        "prompt_id": record["prompt_id"],
+                        "skipped": f"the prompt has {len(ids)} tokens, --max_prompt_tokens is {self.config.max_prompt_tokens}",
+                    }
+                )
         return results
 
     def params(self, job, record):
         from vllm import SamplingParams
-        return SamplingParams(n=self.num_samples[job], temperature=self.temperature[job],
-                              top_p=self.config.top_p, max_tokens=self.config.max_new_tokens,
-                              seed=derive_seed(self.config.seed, record["prompt_id"]),
-                              stop_token_ids=self.end_ids, detokenize=False)
+
+        return SamplingParams(
+            n=self.num_samples[job],
+            temperature=self.temperature[job],
+            top_p=self.config.top_p,
+            max_tokens=self.config.max_new_tokens,
+            seed=derive_seed(self.config.seed, record["prompt_id"]),
+            stop_token_ids=self.end_ids,
+            detokenize=False,
+        )
 
     def sample(self, completion):
         ids = list(completion.token_ids)
         content = ids[:-1] if completion.finish_reason == "stop" else ids
-        return {"text": self.tokenizer.decode(content, skip_special_tokens=True), "token_ids": ids,
-                "finish_reason": completion.finish_reason}
+        return {
+            "text": self.tokenizer.decode(content, skip_special_tokens=True),
+            "token_ids": ids,
+            "finish_reason": completion.finish_reason,
+        }

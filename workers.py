@@ -26,8 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import (StageError, atomic_file, check_made_with, die_with_parent, dump_json, jsonl_writer, log,
-                   split_list)
+from utils import StageError, atomic_file, check_made_with, die_with_parent, dump_json, jsonl_writer, log, split_list
 
 
 @dataclass(kw_only=True)
@@ -81,8 +80,10 @@ def worker_environments(gpus="auto", gpus_per_worker=1, cpu_workers=1):
     allowed = _physical_gpus() if visible is None else [] if visible.strip() == "-1" else split_list(visible)
     chosen = [] if gpus == "none" else allowed if gpus == "auto" else split_list(gpus)
     if min(gpus_per_worker, cpu_workers) < 1 or len(set(chosen)) < len(chosen):
-        raise StageError(f"--gpus {gpus}, --gpus_per_worker {gpus_per_worker}, --cpu_workers {cpu_workers}: each GPU "
-                         "may be named once, and the numbers should be at least 1")
+        raise StageError(
+            f"--gpus {gpus}, --gpus_per_worker {gpus_per_worker}, --cpu_workers {cpu_workers}: each GPU "
+            "may be named once, and the numbers should be at least 1"
+        )
     unknown = [gpu for gpu in chosen if gpu not in allowed]
     if unknown:
         source = "nvidia-smi lists" if visible is None else "CUDA_VISIBLE_DEVICES allows"
@@ -93,20 +94,22 @@ def worker_environments(gpus="auto", gpus_per_worker=1, cpu_workers=1):
         return [{"CUDA_VISIBLE_DEVICES": ""}] * cpu_workers
     if len(chosen) % gpus_per_worker:
         raise StageError(f"{len(chosen)} GPUs cannot be split into groups of {gpus_per_worker} (--gpus_per_worker)")
-    groups = [chosen[i:i + gpus_per_worker] for i in range(0, len(chosen), gpus_per_worker)]
+    groups = [chosen[i : i + gpus_per_worker] for i in range(0, len(chosen), gpus_per_worker)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
 
 
 def _physical_gpus():
     try:
-        listing = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-                                 capture_output=True, text=True, timeout=60)
+        listing = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=60
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
     return listing.stdout.split() if listing.returncode == 0 else []
 
 
 # ---------------------------------------------------------------------------------------------- one worker
+
 
 def _worker_main(make_work, environment, connection):
     os.environ.update(environment)
@@ -168,8 +171,10 @@ class _Worker:
 
     def takes(self, chunk):
         """Whether it should get this Chunk now: one that a worker was lost over goes alone."""
-        return self.ready and (not self.chunks or len(self.chunks) < IN_FLIGHT and
-                               not any(other.losses for other in (chunk, *self.chunks.values())))
+        return self.ready and (
+            not self.chunks
+            or (len(self.chunks) < IN_FLIGHT and not any(other.losses for other in (chunk, *self.chunks.values())))
+        )
 
     def hand(self, chunk):
         """Give it a Chunk to work on."""
@@ -206,6 +211,7 @@ class _Worker:
 
 # ---------------------------------------------------------------------------------------------- all workers
 
+
 @dataclass
 class Chunk:
     tasks: list
@@ -239,8 +245,9 @@ def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
                     elif chunk and worker.takes(chunk):
                         worker.hand(chunk)
                         chunk = next(chunks, None)
-            multiprocessing.connection.wait([worker.connection for worker in workers] +
-                                            [worker.process.sentinel for worker in workers], timeout=1)
+            multiprocessing.connection.wait(
+                [worker.connection for worker in workers] + [worker.process.sentinel for worker in workers], timeout=1
+            )
             for number, worker in enumerate(workers):
                 kind, value = worker.ask(stall_timeout)
                 if kind == "ready":
@@ -255,8 +262,10 @@ def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
                     reason = f"{worker.name} {value}"
                     worker.stop()
                     if starts[number] == MAX_STARTS:
-                        raise StageError(f"{reason}\nas did the {MAX_STARTS - 1} before it, all while starting; out of "
-                                         "memory? See the messages above and the system log")
+                        raise StageError(
+                            f"{reason}\nas did the {MAX_STARTS - 1} before it, all while starting; out of "
+                            "memory? See the messages above and the system log"
+                        )
                     starts[number] += 1
                     log.warning("%s; another starts in its place", reason)
                     workers[number] = _Worker(number, make_work, environments[number])
@@ -281,6 +290,7 @@ def retry(lost):
 
 
 # ---------------------------------------------------------------------------------------------- finished records
+
 
 class Journal:
     """The finished records of an output that is not complete yet: `<output>.partial`.
@@ -334,10 +344,11 @@ class Journal:
         try:
             with open(self.path, "ab", buffering=0) as file:
                 while data:
-                    data = data[file.write(data):]
+                    data = data[file.write(data) :]
         except OSError as error:
-            raise StageError(f"{self.path}: {error.strerror}; what was finished before is kept there. "
-                             "Make room and start again") from None
+            raise StageError(
+                f"{self.path}: {error.strerror}; what was finished before is kept there. Make room and start again"
+            ) from None
         self.size = places[-1]
         return places
 
@@ -379,8 +390,12 @@ def map_files(jobs, make_work, pool, description):
         ids.append((job_ids, digest_of(records(), job_ids)))
     for (_, path, made_with), (_, digest) in zip(jobs, ids):
         journals.append(Journal(path, made_with | {"contents of --input": digest}))
-    tasks = ((number, record) for number, (records, _, _) in enumerate(jobs) for record in records()
-             if record["prompt_id"] not in journals[number].offsets)
+    tasks = (
+        (number, record)
+        for number, (records, _, _) in enumerate(jobs)
+        for record in records()
+        if record["prompt_id"] not in journals[number].offsets
+    )
     finished, total = sum(len(journal.offsets) for journal in journals), sum(len(job_ids) for job_ids, _ in ids)
     if finished:
         log.info("going on after %d finished records", finished)
@@ -388,23 +403,34 @@ def map_files(jobs, make_work, pool, description):
     def give_up(task, reason):
         prompt_id = task[1]["prompt_id"]
         if pool.on_error == "fail":
-            raise StageError(f"{reason}\nThe record with prompt_id {prompt_id} does this to every worker; what the others "
-                             "gave is kept. --on_error skip leaves it out")
+            raise StageError(
+                f"{reason}\nThe record with prompt_id {prompt_id} does this to every worker; what the others "
+                "gave is kept. --on_error skip leaves it out"
+            )
         log.warning("prompt_id %s is left out: %s", prompt_id, reason)
         return {"prompt_id": prompt_id, "skipped": f"it ends every worker: {reason.splitlines()[-1]}"}
 
     chunks = partial(_chunks, tasks, total - finished, pool.chunk_size)
     if pool.engine == "ray":
         import ray_workers
+
         count = ray_workers.connect(pool)
         found = ray_workers.map_chunks(make_work, chunks(count), count, pool, give_up)
     else:
         environments = pool.environments()
         gpus = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments]
-        log.info("%d worker%s on %s", len(gpus), "s" * (len(gpus) > 1), f"GPUs {' '.join(gpus)}" if any(gpus) else "CPU")
+        log.info(
+            "%d worker%s on %s", len(gpus), "s" * (len(gpus) > 1), f"GPUs {' '.join(gpus)}" if any(gpus) else "CPU"
+        )
         found = map_chunks(make_work, chunks(len(environments)), environments, give_up, pool.stall_timeout)
-    with tqdm(total=total, initial=finished, desc=description, unit="record",
-              smoothing=0.1, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+    with tqdm(
+        total=total,
+        initial=finished,
+        desc=description,
+        unit="record",
+        smoothing=0.1,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    ) as bar:
         for done, results in found:
             for number, journal in enumerate(journals):
                 journal.append([result for task, result in zip(done, results, strict=True) if task[0] == number])

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import fire
 import torch
-
 from common import ROOT, make_model, make_pairs, record, seconds
 
 TRL = "trl==1.16.0"
@@ -53,17 +52,40 @@ def step_times_of_trl(prompts, shape, precision, count, seed, **options):
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter() - self.began)
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a")
-    data = Dataset.from_list([{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
-                              for p, c, r in make_pairs(prompts, count, seed)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a"
+    )
+    data = Dataset.from_list(
+        [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in make_pairs(prompts, count, seed)]
+    )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = GivenIds(model=make_model(shape), processing_class=tokenizer, train_dataset=data, callbacks=[Clock()],
-                           args=DPOConfig(output_dir=folder, loss_type="ipo", beta=0.1, precompute_ref_log_probs=True,
-                                          max_steps=count, per_device_train_batch_size=1, gradient_accumulation_steps=1,
-                                          max_length=None, report_to=[], save_strategy="no", bf16=precision == "bf16",
-                                          use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
-                                          optim="adamw_torch_fused", max_grad_norm=0.0, disable_tqdm=True,
-                                          logging_strategy="no", seed=seed, **options))
+        trainer = GivenIds(
+            model=make_model(shape),
+            processing_class=tokenizer,
+            train_dataset=data,
+            callbacks=[Clock()],
+            args=DPOConfig(
+                output_dir=folder,
+                loss_type="ipo",
+                beta=0.1,
+                precompute_ref_log_probs=True,
+                max_steps=count,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=1,
+                max_length=None,
+                report_to=[],
+                save_strategy="no",
+                bf16=precision == "bf16",
+                use_cpu=not torch.cuda.is_available(),
+                gradient_checkpointing=False,
+                optim="adamw_torch_fused",
+                max_grad_norm=0.0,
+                disable_tqdm=True,
+                logging_strategy="no",
+                seed=seed,
+                **options,
+            ),
+        )
         trainer.train()
     print("times", json.dumps(Clock.times[1:]))
 
@@ -71,6 +93,7 @@ def step_times_of_trl(prompts, shape, precision, count, seed, **options):
 def our_step_times(prompts, shape, precision, count, seed):
     from logps import install_head, response_logps
     from losses import ipo_loss
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = install_head(make_model(shape).to(device))
     context = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
@@ -91,24 +114,53 @@ def our_step_times(prompts, shape, precision, count, seed):
 def main(prompts, shape="44M", precision="bf16", count=16, seed=0, run=""):
     """Measure and append to RESULTS.md."""
     if run:
-        return (our_step_times if run == "ours" else step_times_of_trl)(prompts, shape, precision, count, seed, **WAYS[run])
+        return (our_step_times if run == "ours" else step_times_of_trl)(
+            prompts, shape, precision, count, seed, **WAYS[run]
+        )
     folder = ROOT / "exps" / "trl"
     if not (folder / "trl").exists():
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), TRL], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), TRL], check=True
+        )
     ways = list(WAYS) if torch.cuda.is_available() else ["ours", "TRL"]  # padding-free wants FlashAttention
     found = {way: step_times(way, folder, prompts, shape, precision, count, seed) for way in ways}
     best = min(ways[1:], key=lambda way: sum(found[way]))
-    record(f"Training steps against {TRL}, Qwen2 {shape}, {precision}", [
-        f"| {count - 1} steps of one pair | seconds | median of a step |", "|---|---|---|",
-        *(f"| {way} | {sum(found[way]):.2f} | {statistics.median(found[way]):.3f} |" for way in ways),
-        "", f"x{sum(found[best]) / sum(found['ours']):.2f} against {best}."])
+    record(
+        f"Training steps against {TRL}, Qwen2 {shape}, {precision}",
+        [
+            f"| {count - 1} steps of one pair | seconds | median of a step |",
+            "|---|---|---|",
+            *(f"| {way} | {sum(found[way]):.2f} | {statistics.median(found[way]):.3f} |" for way in ways),
+            "",
+            f"x{sum(found[best]) / sum(found['ours']):.2f} against {best}.",
+        ],
+    )
 
 
 def step_times(way, folder, prompts, shape, precision, count, seed):
     environment = os.environ | {"PYTHONPATH": "" if way == "ours" else str(folder), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, Path(__file__).resolve(), "--prompts", prompts, "--shape", shape, "--precision", precision,
-                           "--count", str(count), "--seed", str(seed), "--run", way],
-                          env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).resolve(),
+            "--prompts",
+            prompts,
+            "--shape",
+            shape,
+            "--precision",
+            precision,
+            "--count",
+            str(count),
+            "--seed",
+            str(seed),
+            "--run",
+            way,
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("times"))[6:])
 
 

@@ -28,18 +28,30 @@ SHAPES = {"44M": (256, 1024, 4, 4, 2), "120M": (512, 2048, 10, 8, 2), "1.5B": (1
 def make_model(shape, seed=0):
     """A Qwen2 of this shape with random float32 weights."""
     from transformers import AutoModelForCausalLM, Qwen2Config
+
     hidden, intermediate, layers, heads, key_value_heads = SHAPES[shape]
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(Qwen2Config(
-        vocab_size=151_936, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=key_value_heads, tie_word_embeddings=True,
-        max_position_embeddings=32_768), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=151_936,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            tie_word_embeddings=True,
+            max_position_embeddings=32_768,
+        ),
+        dtype=torch.float32,
+    )
 
 
 def random_model(source, hidden, layers, folder):
     """The model `source` in this size with random weights, and its tokenizer, written to `folder`, which is returned."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     from utils import resolve_model
+
     source = resolve_model(source)
     config = AutoConfig.from_pretrained(source)
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = hidden, 3 * hidden, layers
@@ -148,7 +160,7 @@ def matrix_rate(device, dtype):
     size = 8192 if torch.device(device).type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right
-    return 2 * size ** 3 / min(seconds(lambda: left @ right, device) for _ in range(5))
+    return 2 * size**3 / min(seconds(lambda: left @ right, device) for _ in range(5))
 
 
 def forward_flops(model, tokens, response_tokens):
@@ -171,6 +183,7 @@ def machine():
 def record(title, lines, packages=("torch", "transformers")):
     """Print the lines and append them to RESULTS.md with date, machine, versions and command."""
     from importlib.metadata import distributions
+
     installed = {found.metadata["Name"].removesuffix("-cpu"): found.version for found in distributions()}
     command = "python " + shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     versions = ", ".join(f"{name} {installed[name]}" for name in packages)

@@ -42,8 +42,11 @@ class Model:
         return 2 * 2 * self.layers * self.key_values
 
 
-POLICIES = [Model("1.5B", 1536, 28, 256, 151_936, 1.54e9), Model("8B", 4096, 32, 1024, 128_256, 8.03e9),
-            Model("70B", 8192, 80, 1024, 128_256, 70.6e9)]
+POLICIES = [
+    Model("1.5B", 1536, 28, 256, 151_936, 1.54e9),
+    Model("8B", 4096, 32, 1024, 128_256, 8.03e9),
+    Model("70B", 8192, 80, 1024, 128_256, 70.6e9),
+]
 JUDGE = POLICIES[1]
 
 
@@ -63,7 +66,8 @@ def work(policy):
         "training FLOPs": 3 * EPOCHS * PROMPTS * policy.forward(pair, 2 * RESPONSE)
         + EPOCHS * TEST * policy.forward(pair, 2 * RESPONSE),
         "training tokens": EPOCHS * PROMPTS * pair,
-        "record bytes": prompts * (4 * K * RESPONSE * 11 + 3 * pair * 11),  # ids and text, in samples, scores, pairs, data
+        "record bytes": prompts
+        * (4 * K * RESPONSE * 11 + 3 * pair * 11),  # ids and text, in samples, scores, pairs, data
     }
 
 
@@ -84,9 +88,15 @@ def hours(policy, gpus, rates):
         return None
     engines = gpus // shared
     batch = min(rates["sequences"], (0.9 * memory * shared - weights) / (policy.cache * (PROMPT + RESPONSE)))
-    step = max((weights + batch * policy.cache * (PROMPT + RESPONSE / 2)) / shared / (rates["bandwidth"] * 1e12 * rates["decoding"]),
-               policy.forward(batch, batch) / shared / (rate * rates["reading"]))
-    sampling = counts["decoded"] / batch * step / engines + policy.forward(counts["read"], 0) / (rate * rates["reading"] * gpus)
+    step = max(
+        (weights + batch * policy.cache * (PROMPT + RESPONSE / 2))
+        / shared
+        / (rates["bandwidth"] * 1e12 * rates["decoding"]),
+        policy.forward(batch, batch) / shared / (rate * rates["reading"]),
+    )
+    sampling = counts["decoded"] / batch * step / engines + policy.forward(counts["read"], 0) / (
+        rate * rates["reading"] * gpus
+    )
     judging = JUDGE.forward(counts["judged"], counts["judgements"]) / (rate * rates["reading"] * gpus)
     logprobs = counts["logprob FLOPs"] / (rate * rates["logprobs"] * gpus)
     busy = min(gpus, GLOBAL_BATCH)  # an update has no more pairs than that
@@ -95,15 +105,32 @@ def hours(policy, gpus, rates):
     link = (rates["link"] if gpus <= 8 else rates["network"]) * 1e9
     gathered = 0 if gpus == 1 else 3 * weights * passes / link  # gathered twice, gradients scattered once
     starts = 5 * (rates["start"] + weights / (rates["disk"] * 1e9))
-    seconds = {"sampling": sampling, "judging": judging, "log-probabilities": logprobs,
-               "training": max(compute, gathered), "starts": starts}
+    seconds = {
+        "sampling": sampling,
+        "judging": judging,
+        "log-probabilities": logprobs,
+        "training": max(compute, gathered),
+        "starts": starts,
+    }
     note = "parameters over the network" if gathered > compute else ""
     note += ("; " if note else "") + f"{busy} of {gpus} GPUs have a pair" if busy < gpus else ""
     return {name: value / 3600 for name, value in seconds.items()} | {"note": note}
 
 
-def main(matrix_rate=700.0, bandwidth=4.8, memory=141.0, link=450.0, network=50.0, disk=2.0, start=60.0, sequences=256,
-         decoding=0.6, reading=0.5, logprobs=0.6, training=0.49):
+def main(
+    matrix_rate=700.0,
+    bandwidth=4.8,
+    memory=141.0,
+    link=450.0,
+    network=50.0,
+    disk=2.0,
+    start=60.0,
+    sequences=256,
+    decoding=0.6,
+    reading=0.5,
+    logprobs=0.6,
+    training=0.49,
+):
     """Print the tables.
 
     Args:
@@ -121,41 +148,65 @@ def main(matrix_rate=700.0, bandwidth=4.8, memory=141.0, link=450.0, network=50.
         training: likewise of training
     """
     rates = dict(list(locals().items()))
-    print("# The cost of 42 iterations\n\nMade by `python benchmarks/cost.py`; its docstring has the model of time. "
-          "**On paper: no figure here was measured on a GPU.**\n")
-    print(f"An iteration: {PROMPTS:,} train and {TEST:,} test prompts of {PROMPT} tokens, K = {K} responses of {RESPONSE}; "
-          f"{work(JUDGE)['judgements']:,} judgements by an 8B judge with {work(JUDGE)['judged'] / 1e6:.0f} M uncached tokens; "
-          f"{EPOCHS} epochs.\n")
-    print("| policy | decoded tokens | trained tokens | FLOPs: sampling | judging | log-probabilities | training | checkpoints, all |"
-          " last only | records |\n|" + "---|" * 10)
+    print(
+        "# The cost of 42 iterations\n\nMade by `python benchmarks/cost.py`; its docstring has the model of time. "
+        "**On paper: no figure here was measured on a GPU.**\n"
+    )
+    print(
+        f"An iteration: {PROMPTS:,} train and {TEST:,} test prompts of {PROMPT} tokens, K = {K} responses of {RESPONSE}; "
+        f"{work(JUDGE)['judgements']:,} judgements by an 8B judge with {work(JUDGE)['judged'] / 1e6:.0f} M uncached tokens; "
+        f"{EPOCHS} epochs.\n"
+    )
+    print(
+        "| policy | decoded tokens | trained tokens | FLOPs: sampling | judging | log-probabilities | training | checkpoints, all |"
+        " last only | records |\n|" + "---|" * 10
+    )
     for policy in POLICIES:
         own = work(policy)
-        flops = [policy.forward(own["read"] + own["decoded"], own["decoded"]), JUDGE.forward(own["judged"], own["judgements"]),
-                 own["logprob FLOPs"], own["training FLOPs"]]
+        flops = [
+            policy.forward(own["read"] + own["decoded"], own["decoded"]),
+            JUDGE.forward(own["judged"], own["judgements"]),
+            own["logprob FLOPs"],
+            own["training FLOPs"],
+        ]
         checkpoint = 4 * policy.parameters
-        print(f"| {policy.name} | {ITERATIONS * own['decoded'] / 1e9:.2f} G | {ITERATIONS * own['training tokens'] / 1e9:.2f} G | "
-              + " | ".join(f"{ITERATIONS * value:.1e}" for value in flops)
-              + f" | {ITERATIONS * checkpoint / 1e12:.2f} TB | {8 * checkpoint / 1e12:.2f} TB | "
-              f"{ITERATIONS * own['record bytes'] / 1e9:.0f} GB |")
-    print("\nLast only (`KEEP_CKPTS=last`): policy, reference, and during training the best one and two resume points (weights "
-          "and two moments each).\n")
-    print("| policy | GPUs | hours | GPU hours | sampling | judging | log-probabilities | training | starts | the next bottleneck |\n|"
-          + "---|" * 10)
+        print(
+            f"| {policy.name} | {ITERATIONS * own['decoded'] / 1e9:.2f} G | {ITERATIONS * own['training tokens'] / 1e9:.2f} G | "
+            + " | ".join(f"{ITERATIONS * value:.1e}" for value in flops)
+            + f" | {ITERATIONS * checkpoint / 1e12:.2f} TB | {8 * checkpoint / 1e12:.2f} TB | "
+            f"{ITERATIONS * own['record bytes'] / 1e9:.0f} GB |"
+        )
+    print(
+        "\nLast only (`KEEP_CKPTS=last`): policy, reference, and during training the best one and two resume points (weights "
+        "and two moments each).\n"
+    )
+    print(
+        "| policy | GPUs | hours | GPU hours | sampling | judging | log-probabilities | training | starts | the next bottleneck |\n|"
+        + "---|" * 10
+    )
     for policy in POLICIES:
         for gpus in (1, 8, 64):
             found = hours(policy, gpus, rates)
             if found is None:
-                print(f"| {policy.name} | {gpus} | does not fit | | | | | | | training's state, 16 bytes a parameter: "
-                      f"{16 * policy.parameters / 1e9:,.0f} GB |")
+                print(
+                    f"| {policy.name} | {gpus} | does not fit | | | | | | | training's state, 16 bytes a parameter: "
+                    f"{16 * policy.parameters / 1e9:,.0f} GB |"
+                )
                 continue
             note = found.pop("note")
             total = sum(found.values())
             largest = max(found, key=found.get)
             shares = " | ".join(f"{100 * value / total:.0f} %" for value in found.values())
             detail = f" ({note})" if largest == "training" and note else ""
-            print(f"| {policy.name} | {gpus} | {ITERATIONS * total:,.1f} | {ITERATIONS * total * gpus:,.0f} | {shares} | "
-                  f"{largest}{detail} |")
-    print("\nAssumed: " + ", ".join(f"{name} {value:g}" for name, value in rates.items()) + " (`python benchmarks/cost.py --help`).")
+            print(
+                f"| {policy.name} | {gpus} | {ITERATIONS * total:,.1f} | {ITERATIONS * total * gpus:,.0f} | {shares} | "
+                f"{largest}{detail} |"
+            )
+    print(
+        "\nAssumed: "
+        + ", ".join(f"{name} {value:g}" for name, value in rates.items())
+        + " (`python benchmarks/cost.py --help`)."
+    )
 
 
 if __name__ == "__main__":

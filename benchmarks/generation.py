@@ -16,7 +16,6 @@ import tempfile
 import time
 
 import fire
-
 from common import forward_flops, in_its_own_process, matrix_rate, random_model, read_prompt_texts, record
 
 from vllm_model import Sampler, SamplerConfig
@@ -34,7 +33,9 @@ def run(queue, way, config, records, num_samples, batch):
 
     engine.step = counting
     tasks = [(0, one) for one in records]
-    go = {"plain": lambda: batches_with_a_barrier(sampler, tasks, batch), "ours": lambda: streaming(sampler, tasks)}[way]
+    go = {"plain": lambda: batches_with_a_barrier(sampler, tasks, batch), "ours": lambda: streaming(sampler, tasks)}[
+        way
+    ]
     sampler(tasks[:1])  # warm up
     steps[0], began = 0, time.perf_counter()
     found = go()
@@ -44,7 +45,7 @@ def run(queue, way, config, records, num_samples, batch):
 def batches_with_a_barrier(sampler, tasks, batch):
     found = {}
     for first in range(0, len(tasks), batch):
-        prompts, params, _ = sampler.requests(tasks[first:first + batch])
+        prompts, params, _ = sampler.requests(tasks[first : first + batch])
         for own in params:
             own.logprobs, own.detokenize = 1, True
         outputs = sampler.engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -55,44 +56,72 @@ def batches_with_a_barrier(sampler, tasks, batch):
 
 def streaming(sampler, tasks):
     size, running, found = sampler.config.chunk_size, 0, {}
-    chunks = [tasks[first:first + size] for first in range(0, len(tasks), size)]
+    chunks = [tasks[first : first + size] for first in range(0, len(tasks), size)]
     while chunks or running:
         while chunks and running < 2:
             sampler.begin(len(chunks), chunks.pop(0))
             running += 1
         for _, results in sampler.step():
             running -= 1
-            found |= {(one["prompt_id"], k): one["samples"][k]["token_ids"]
-                      for one in results for k in range(len(one["samples"]))}
+            found |= {
+                (one["prompt_id"], k): one["samples"][k]["token_ids"]
+                for one in results
+                for k in range(len(one["samples"]))
+            }
     return found
 
 
-def main(prompts, policy="exps/demo-models/policy", hidden=256, layers=4, count=64, num_samples=5, batch=16,
-         max_new_tokens=512, gpus="auto"):
+def main(
+    prompts,
+    policy="exps/demo-models/policy",
+    hidden=256,
+    layers=4,
+    count=64,
+    num_samples=5,
+    batch=16,
+    max_new_tokens=512,
+    gpus="auto",
+):
     """Measure and append to RESULTS.md."""
     texts = [text for text in read_prompt_texts(prompts) if len(text) < 600][:count]
     records = [{"prompt_id": str(i), "prompt": text} for i, text in enumerate(texts)]
     with tempfile.TemporaryDirectory() as folder:
-        config = SamplerConfig(model=random_model(policy, hidden, layers, folder), gpus=gpus, max_prompt_tokens=1024,
-                               max_new_tokens=max_new_tokens)
+        config = SamplerConfig(
+            model=random_model(policy, hidden, layers, folder),
+            gpus=gpus,
+            max_prompt_tokens=1024,
+            max_new_tokens=max_new_tokens,
+        )
         os.environ.update(config.environments()[0])
         found = {way: in_its_own_process(run, way, config, records, num_samples, batch) for way in ("plain", "ours")}
         floor = floor_seconds(folder, records, found["ours"][1])
     tokens = {way: sum(map(len, samples.values())) for way, (_, samples, _) in found.items()}
     same = sum(found["plain"][1][key] == ids for key, ids in found["ours"][1].items())
-    record(f"Sampling {num_samples} responses to {count} prompts, a random policy of {layers} layers of {hidden}", [
-        "| way | seconds | tokens/s | engine steps | tokens a step |", "|---|---|---|---|---|",
-        *(f"| {name} | {found[way][0]:.1f} | {tokens[way] / found[way][0]:,.0f} | {found[way][2]:,} | "
-          f"{tokens[way] / found[way][2]:.0f} |" for way, name in (("plain", f"batches of {batch} prompts"), ("ours", "ours"))),
-        "", f"x{found['plain'][0] / found['ours'][0]:.2f}; {same} of {len(found['ours'][1])} samples are the same tokens; mean "
-        f"length {tokens['ours'] / len(found['ours'][1]):.0f}. Floor, the matrix products alone at the measured rate: "
-        f"{floor:.2f} s."], packages=("torch", "vllm"))
+    record(
+        f"Sampling {num_samples} responses to {count} prompts, a random policy of {layers} layers of {hidden}",
+        [
+            "| way | seconds | tokens/s | engine steps | tokens a step |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {name} | {found[way][0]:.1f} | {tokens[way] / found[way][0]:,.0f} | {found[way][2]:,} | "
+                f"{tokens[way] / found[way][2]:.0f} |"
+                for way, name in (("plain", f"batches of {batch} prompts"), ("ours", "ours"))
+            ),
+            "",
+            f"x{found['plain'][0] / found['ours'][0]:.2f}; {same} of {len(found['ours'][1])} samples are the same tokens; mean "
+            f"length {tokens['ours'] / len(found['ours'][1]):.0f}. Floor, the matrix products alone at the measured rate: "
+            f"{floor:.2f} s.",
+        ],
+        packages=("torch", "vllm"),
+    )
 
 
 def floor_seconds(folder, records, samples):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from data_utils import encode_prompt
+
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     decoded = sum(map(len, samples.values()))
     read = sum(len(encode_prompt(tokenizer, one["prompt"])) for one in records)

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import fire
 import numpy as np
-
 from common import ROOT, random_model, read_prompt_texts, record
 
 from utils import read_jsonl
@@ -39,17 +38,92 @@ def stage_commands(policy, judge, folder, num_samples, max_new_tokens):
     """[(name, arguments)] of one iteration, each reading what the one before wrote."""
     lengths = ["--max_length", "2048"]
     return [
-        ("sampling", ["sampling.py", "--model", policy, "--input", f"{folder}/prompts.jsonl", "--output",
-                      f"{folder}/samples.jsonl", "--num_samples", num_samples, "--max_prompt_tokens", "1024",
-                      "--max_new_tokens", max_new_tokens]),
-        ("scoring", ["scoring.py", "--judge", judge, "--input", f"{folder}/samples.jsonl", "--output", f"{folder}/scores.jsonl"]),
-        ("pairs", ["data_processing.py", "make_pairs", "--input", f"{folder}/scores.jsonl", "--output", f"{folder}/pairs.jsonl",
-                   *lengths]),
-        ("log-probabilities", ["get_logprobs.py", "--model", policy, "--reference", policy, "--input", f"{folder}/pairs.jsonl",
-                               "--output", f"{folder}/data.jsonl", "--micro_batch_tokens", "4096", *lengths]),
-        ("training", ["inpo.py", "--model", policy, "--input", f"{folder}/data.jsonl", "--output", f"{folder}/ckpt", "--eta",
-                      "0.002", "--tau_eta_ratio", "0.333", "--num_epochs", "1", "--select", "last", "--save_steps", "0",
-                      "--report_to", "none", "--micro_batch_tokens", "4096", *lengths]),
+        (
+            "sampling",
+            [
+                "sampling.py",
+                "--model",
+                policy,
+                "--input",
+                f"{folder}/prompts.jsonl",
+                "--output",
+                f"{folder}/samples.jsonl",
+                "--num_samples",
+                num_samples,
+                "--max_prompt_tokens",
+                "1024",
+                "--max_new_tokens",
+                max_new_tokens,
+            ],
+        ),
+        (
+            "scoring",
+            [
+                "scoring.py",
+                "--judge",
+                judge,
+                "--input",
+                f"{folder}/samples.jsonl",
+                "--output",
+                f"{folder}/scores.jsonl",
+            ],
+        ),
+        (
+            "pairs",
+            [
+                "data_processing.py",
+                "make_pairs",
+                "--input",
+                f"{folder}/scores.jsonl",
+                "--output",
+                f"{folder}/pairs.jsonl",
+                *lengths,
+            ],
+        ),
+        (
+            "log-probabilities",
+            [
+                "get_logprobs.py",
+                "--model",
+                policy,
+                "--reference",
+                policy,
+                "--input",
+                f"{folder}/pairs.jsonl",
+                "--output",
+                f"{folder}/data.jsonl",
+                "--micro_batch_tokens",
+                "4096",
+                *lengths,
+            ],
+        ),
+        (
+            "training",
+            [
+                "inpo.py",
+                "--model",
+                policy,
+                "--input",
+                f"{folder}/data.jsonl",
+                "--output",
+                f"{folder}/ckpt",
+                "--eta",
+                "0.002",
+                "--tau_eta_ratio",
+                "0.333",
+                "--num_epochs",
+                "1",
+                "--select",
+                "last",
+                "--save_steps",
+                "0",
+                "--report_to",
+                "none",
+                "--micro_batch_tokens",
+                "4096",
+                *lengths,
+            ],
+        ),
     ]
 
 
@@ -57,7 +131,9 @@ def run_stage(arguments):
     """(seconds, peak MiB of the largest process)."""
     began = time.perf_counter()
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             output.seek(0)
@@ -71,10 +147,13 @@ def measure(texts, policy, judge, size):
     with tempfile.TemporaryDirectory() as folder:
         lines = (json.dumps({"prompt": text}) + "\n" for text in texts[:count])
         Path(folder, "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
-        found = {name: run_stage(arguments)
-                 for name, arguments in stage_commands(policy, judge, folder, num_samples, max_new_tokens)}
-        mean = statistics.mean(len(sample["token_ids"]) for one in read_jsonl(f"{folder}/samples.jsonl")
-                               for sample in one["samples"])
+        found = {
+            name: run_stage(arguments)
+            for name, arguments in stage_commands(policy, judge, folder, num_samples, max_new_tokens)
+        }
+        mean = statistics.mean(
+            len(sample["token_ids"]) for one in read_jsonl(f"{folder}/samples.jsonl") for sample in one["samples"]
+        )
     print(size, {name: f"{seconds:.1f} s, {mib:.0f} MiB" for name, (seconds, mib) in found.items()}, flush=True)
     return found, mean
 
@@ -87,19 +166,32 @@ def main(prompts, sweep="", policy="exps/demo-models/policy", judge="exps/demo-m
         start, _ = measure(texts, policy, judge, START)
         for name in [sweep] if sweep else SWEEPS:
             found = [measure(texts, policy, judge, size) for size in SWEEPS[name]]
-            values = [mean if name == "length" else size["prompts samples".split().index(name)]
-                      for size, (_, mean) in zip(SWEEPS[name], found)]
-            lines = [f"| stage | start | {' | '.join(f'{value:.0f}' for value in values)} | exponent | peak MiB |",
-                     "|---" * (len(values) + 4) + "|"]
+            values = [
+                mean if name == "length" else size[["prompts", "samples"].index(name)]
+                for size, (_, mean) in zip(SWEEPS[name], found)
+            ]
+            lines = [
+                f"| stage | start | {' | '.join(f'{value:.0f}' for value in values)} | exponent | peak MiB |",
+                "|---" * (len(values) + 4) + "|",
+            ]
             for stage, (beginning, _) in start.items():
                 seconds = [one[stage][0] for one, _ in found]
                 own = np.array(seconds) - beginning  # only where the work shows beside the start
-                exponent = np.polyfit(np.log(values), np.log(own), 1)[0] if own.min() > 0.3 and sorted(own) == list(own) else np.nan
-                lines.append(f"| {stage} | {beginning:.1f} s | {' | '.join(f'{value:.1f} s' for value in seconds)} | "
-                             f"{'-' if np.isnan(exponent) else f'{exponent:.2f}'} | "
-                             f"{', '.join(f'{one[stage][1]:.0f}' for one, _ in found)} |")
-            described = {"prompts": "prompts (K = 4, at most 64 tokens)", "samples": "K (100 prompts, at most 64 tokens)",
-                         "length": "mean tokens of a response (150 prompts, K = 4)"}[name]
+                exponent = (
+                    np.polyfit(np.log(values), np.log(own), 1)[0]
+                    if own.min() > 0.3 and sorted(own) == list(own)
+                    else np.nan
+                )
+                lines.append(
+                    f"| {stage} | {beginning:.1f} s | {' | '.join(f'{value:.1f} s' for value in seconds)} | "
+                    f"{'-' if np.isnan(exponent) else f'{exponent:.2f}'} | "
+                    f"{', '.join(f'{one[stage][1]:.0f}' for one, _ in found)} |"
+                )
+            described = {
+                "prompts": "prompts (K = 4, at most 64 tokens)",
+                "samples": "K (100 prompts, at most 64 tokens)",
+                "length": "mean tokens of a response (150 prompts, K = 4)",
+            }[name]
             record(f"Growth with {described}", lines, packages=("torch", "transformers", "vllm"))
 
 

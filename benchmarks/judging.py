@@ -17,7 +17,6 @@ import tempfile
 import time
 
 import fire
-
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
 import judges
@@ -29,17 +28,24 @@ LABELS = "Output (a)", "Output (b)"
 def make_records(prompts, count, num_samples, longest=600):
     texts = [text[:longest] for text in read_prompt_texts(prompts)]
     others = texts[count:]
-    return [{"prompt_id": str(i), "prompt": texts[i],
-             "samples": [{"text": others[i * num_samples + k], "token_ids": [0]} for k in range(num_samples)]}
-            for i in range(count)]
+    return [
+        {
+            "prompt_id": str(i),
+            "prompt": texts[i],
+            "samples": [{"text": others[i * num_samples + k], "token_ids": [0]} for k in range(num_samples)],
+        }
+        for i in range(count)
+    ]
 
 
 def run(queue, way, config, records):
     """In a process of its own: (seconds, {(prompt, first, second): P(first)}, prompt tokens, uncached ones, decoded ones)."""
     from vllm import SamplingParams
+
     judges.MIN_LABEL_MASS = 0  # of random weights
     if way == "plain":
         import vllm
+
         make = vllm.LLM
         vllm.LLM = lambda **settings: make(**settings | {"enable_prefix_caching": False})
     judge = GenerativeJudge(config)
@@ -64,21 +70,35 @@ def run(queue, way, config, records):
         began = time.perf_counter()
         results = judge([(0, one) for one in records])
         taken = time.perf_counter() - began
-        found = {(one["prompt"], a["text"], b["text"]): one["win_probs"][i][j] for one in results
-                 for i, a in enumerate(one["samples"]) for j, b in enumerate(one["samples"]) if i != j}
+        found = {
+            (one["prompt"], a["text"], b["text"]): one["win_probs"][i][j]
+            for one in results
+            for i, a in enumerate(one["samples"])
+            for j, b in enumerate(one["samples"])
+            if i != j
+        }
     else:
         ask(judge, all_orders([warm_up]), by_hand)
         forget(counts, prompts)
         began = time.perf_counter()
         found = ask(judge, all_orders(records), by_hand)
         taken = time.perf_counter() - began
-        found = {key: (p + 1 - found[key[0], key[2], key[1]]) / 2 for key, p in found.items()
-                 if p is not None and found[key[0], key[2], key[1]] is not None}
+        found = {
+            key: (p + 1 - found[key[0], key[2], key[1]]) / 2
+            for key, p in found.items()
+            if p is not None and found[key[0], key[2], key[1]] is not None
+        }
     queue.put((taken, found, *counts, distinct_prefixes(prompts)))
 
 
 def all_orders(records):
-    return [(one["prompt"], a["text"], b["text"]) for one in records for a in one["samples"] for b in one["samples"] if a is not b]
+    return [
+        (one["prompt"], a["text"], b["text"])
+        for one in records
+        for a in one["samples"]
+        for b in one["samples"]
+        if a is not b
+    ]
 
 
 def forget(counts, prompts):
@@ -90,7 +110,7 @@ def ask(judge, orders, params):
     """{order: P(first label)} from answers of up to 16 tokens, None where no label begins the answer."""
     found, before = {}, len(judge.label_prefix)
     first, second = judge.label_ids
-    prompts = [judge.encode(*order)[:-before or None] for order in orders]
+    prompts = [judge.encode(*order)[: -before or None] for order in orders]
     names, outputs = judge.engine.enqueue(prompts, [params] * len(prompts)), {}
     while len(outputs) < len(names):
         outputs |= {output.request_id: output for output in judge.engine.step()}
@@ -117,8 +137,14 @@ def distinct_prefixes(prompts):
 def main(prompts, judge="exps/demo-models/judge", hidden=0, layers=8, count=16, num_samples=5, gpus="auto"):
     """Measure and append to RESULTS.md."""
     with tempfile.TemporaryDirectory() as folder:
-        measure(prompts, random_model(judge, hidden, layers, folder) if hidden else judge, count, num_samples, gpus,
-                f", a random judge of {layers} layers of {hidden}" if hidden else "")
+        measure(
+            prompts,
+            random_model(judge, hidden, layers, folder) if hidden else judge,
+            count,
+            num_samples,
+            gpus,
+            f", a random judge of {layers} layers of {hidden}" if hidden else "",
+        )
 
 
 def measure(prompts, judge, count, num_samples, gpus, which):
@@ -129,13 +155,22 @@ def measure(prompts, judge, count, num_samples, gpus, which):
     judgements = count * num_samples * (num_samples - 1)
     (plain, asked, *_), (ours, read, _, uncached, _, floor) = found["plain"], found["ours"]
     difference = max((abs(asked[key] - read[key]) for key in asked), default=math.nan)
-    record(f"Judging, {judgements} judgements of {num_samples} responses to {count} prompts{which}", [
-        "| way | judgements/s | prompt tokens | uncached | decoded a judgement |", "|---|---|---|---|---|",
-        *(f"| {way} | {judgements / found[way][0]:.1f} | {found[way][2]:,} | {found[way][3]:,} | "
-          f"{found[way][4] / judgements:.1f} |" for way in ("plain", "ours")),
-        "", f"x{plain / ours:.2f}; floor of uncached tokens (each distinct prefix once) {floor:,}: {uncached / floor:.2f} times "
-        f"that; largest difference of a win probability {difference:.1e}, over {len(asked)} pairs whose answer was a label."],
-        packages=("torch", "vllm"))
+    record(
+        f"Judging, {judgements} judgements of {num_samples} responses to {count} prompts{which}",
+        [
+            "| way | judgements/s | prompt tokens | uncached | decoded a judgement |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {way} | {judgements / found[way][0]:.1f} | {found[way][2]:,} | {found[way][3]:,} | "
+                f"{found[way][4] / judgements:.1f} |"
+                for way in ("plain", "ours")
+            ),
+            "",
+            f"x{plain / ours:.2f}; floor of uncached tokens (each distinct prefix once) {floor:,}: {uncached / floor:.2f} times "
+            f"that; largest difference of a win probability {difference:.1e}, over {len(asked)} pairs whose answer was a label.",
+        ],
+        packages=("torch", "vllm"),
+    )
 
 
 if __name__ == "__main__":

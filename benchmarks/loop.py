@@ -19,21 +19,41 @@ import sys
 import time
 
 import fire
-
 from common import ROOT, record
 
 
 def main(iterations=3, engine="local", name="benchmark-loop"):
     """Measure and append to RESULTS.md. exps/demo-models is made first where it is missing."""
-    exp, settings = ROOT / "exps" / name, {
-        "PYTHON": sys.executable, "RECIPE": "demo", "NAME": name, "ROUNDS": "1", "SPLITS": str(iterations), "EVAL_EVERY": "1",
-        "UPDATE_INTERVAL": "0", "ENGINE": engine}
-    subprocess.run(["bash", "data/demo/build.sh", "exps/demo-models"], cwd=ROOT, check=True,
-                   env=os.environ | {"PYTHON": sys.executable}, stdout=subprocess.DEVNULL)
+    exp, settings = (
+        ROOT / "exps" / name,
+        {
+            "PYTHON": sys.executable,
+            "RECIPE": "demo",
+            "NAME": name,
+            "ROUNDS": "1",
+            "SPLITS": str(iterations),
+            "EVAL_EVERY": "1",
+            "UPDATE_INTERVAL": "0",
+            "ENGINE": engine,
+        },
+    )
+    subprocess.run(
+        ["bash", "data/demo/build.sh", "exps/demo-models"],
+        cwd=ROOT,
+        check=True,
+        env=os.environ | {"PYTHON": sys.executable},
+        stdout=subprocess.DEVNULL,
+    )
     shutil.rmtree(exp, ignore_errors=True)
     began = time.perf_counter()
-    loop = subprocess.Popen(["bash", "comal.sh"], cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    loop = subprocess.Popen(
+        ["bash", "comal.sh"],
+        cwd=ROOT,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     first = None
     for line in loop.stdout:
         if first is None and line.startswith("==="):
@@ -44,15 +64,26 @@ def main(iterations=3, engine="local", name="benchmark-loop"):
     for number in range(iterations):
         logs = exp / f"iter{number}/logs"
         times = {entry["stage"]: entry["seconds"] for entry in map(json.loads, open(logs / "times.jsonl"))}
-        loads = {path.stem: len(re.findall(r" \d+ (?:workers?|actors?) on | loading ", path.read_text())) for path in logs.glob("*.log")}
+        loads = {
+            path.stem: len(re.findall(r" \d+ (?:workers?|actors?) on | loading ", path.read_text()))
+            for path in logs.glob("*.log")
+        }
         after = [stage for stage in ("responses", "evaluation", "matrix") if stage in times]
         own = {stage: seconds for stage, seconds in times.items() if stage not in after}
-        lines.append(f"| {number} | {sum(own.values())} | {sum(loads.get(stage, 0) for stage in own)} | "
-                     f"{', '.join(f'{stage} {seconds}' for stage, seconds in own.items())} |")
+        lines.append(
+            f"| {number} | {sum(own.values())} | {sum(loads.get(stage, 0) for stage in own)} | "
+            f"{', '.join(f'{stage} {seconds}' for stage, seconds in own.items())} |"
+        )
         if after:
-            lines.append(f"| after the last | {sum(times[stage] for stage in after)} | {sum(loads.get(s, 0) for s in after)} | "
-                         f"{', '.join(f'{stage} {times[stage]}' for stage in after)} |")
-    record(f"The loop, engine {engine}", [f"First stage after {first:.2f} s.", "", *lines], packages=("torch", "transformers", "vllm"))
+            lines.append(
+                f"| after the last | {sum(times[stage] for stage in after)} | {sum(loads.get(s, 0) for s in after)} | "
+                f"{', '.join(f'{stage} {times[stage]}' for stage in after)} |"
+            )
+    record(
+        f"The loop, engine {engine}",
+        [f"First stage after {first:.2f} s.", "", *lines],
+        packages=("torch", "transformers", "vllm"),
+    )
     shutil.rmtree(exp)
 
 

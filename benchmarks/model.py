@@ -20,7 +20,6 @@ import statistics
 
 import fire
 import torch
-
 from common import PeakMemory, forward_flops, make_model, make_pairs, matrix_rate, record, seconds
 
 import logps
@@ -30,14 +29,28 @@ from train_utils import micro_batches
 
 def plain_logps(model, pairs, device):
     """(2B,) summed log-probabilities, chosen first."""
-    sequences = [(prompt, response) for side in (1, 2) for prompt, response in ((pair[0], pair[side]) for pair in pairs)]
+    sequences = [
+        (prompt, response) for side in (1, 2) for prompt, response in ((pair[0], pair[side]) for pair in pairs)
+    ]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.tensor([prompt + response + [0] * (length - len(prompt) - len(response)) for prompt, response in sequences],
-                       device=device)
-    mask = torch.tensor([[0] * len(prompt) + [1] * len(response) + [0] * (length - len(prompt) - len(response))
-                         for prompt, response in sequences], device=device)
-    attention = torch.tensor([[1] * (len(prompt) + len(response)) + [0] * (length - len(prompt) - len(response))
-                              for prompt, response in sequences], device=device)
+    ids = torch.tensor(
+        [prompt + response + [0] * (length - len(prompt) - len(response)) for prompt, response in sequences],
+        device=device,
+    )
+    mask = torch.tensor(
+        [
+            [0] * len(prompt) + [1] * len(response) + [0] * (length - len(prompt) - len(response))
+            for prompt, response in sequences
+        ],
+        device=device,
+    )
+    attention = torch.tensor(
+        [
+            [1] * (len(prompt) + len(response)) + [0] * (length - len(prompt) - len(response))
+            for prompt, response in sequences
+        ],
+        device=device,
+    )
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits.float()
     token_logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     return (token_logps * mask[:, 1:]).sum(1)
@@ -53,22 +66,28 @@ def loss_of(logps):
 
 
 def batches(pairs, size):
-    return [pairs[i:i + size] for i in range(0, len(pairs), size)]
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
 
 def compare_logps(model, pairs, device, context, repeats, tokens):
     """(seconds, extra MiB) of the plain way and of ours, largest difference in nats."""
+
     def run(way, micro_batches):
         with torch.no_grad(), context():
             return torch.cat([way(model, batch, device).reshape(2, -1) for batch in micro_batches], dim=1)
+
     order = micro_batches(range(len(pairs)), [sum(map(len, pair)) for pair in pairs], tokens)
     ours_in_order = [pairs[i] for batch in order for i in batch]
-    ways = {"plain": (plain_logps, batches(pairs, 4)), "ours": (our_logps, [[pairs[i] for i in batch] for batch in order])}
+    ways = {
+        "plain": (plain_logps, batches(pairs, 4)),
+        "ours": (our_logps, [[pairs[i] for i in batch] for batch in order]),
+    }
     found = {name: run(*way) for name, way in ways.items()}
     place = [ours_in_order.index(pair) for pair in pairs]
     difference = (found["plain"] - found["ours"][:, place]).abs().max().item()
     return measure({name: (lambda way=way: run(*way)) for name, way in ways.items()}, device, repeats) | {
-        "difference": difference}
+        "difference": difference
+    }
 
 
 def compare_training(model, pairs, device, context, repeats, tokens):
@@ -93,7 +112,9 @@ def compare_training(model, pairs, device, context, repeats, tokens):
 
     try:
         plain, ours = gradients(plain_logps), gradients(our_logps)
-        difference = max(((one - other).norm() / one.norm()).item() for one, other in zip(plain, ours) if one.norm() > 0)
+        difference = max(
+            ((one - other).norm() / one.norm()).item() for one, other in zip(plain, ours) if one.norm() > 0
+        )
         del plain, ours
     except torch.OutOfMemoryError:
         difference = math.nan
@@ -101,7 +122,8 @@ def compare_training(model, pairs, device, context, repeats, tokens):
     optimizer.step()
     optimizer.zero_grad()
     return measure({"plain": lambda: run(plain_logps), "ours": lambda: run(our_logps)}, device, repeats) | {
-        "difference": difference}
+        "difference": difference
+    }
 
 
 def measure(ways, device, repeats):
@@ -119,8 +141,20 @@ def measure(ways, device, repeats):
     return {name: (statistics.median(times[name]), peaks[name]) for name in ways}
 
 
-def main(prompts, shape="44M", precision="bf16", count=24, repeats=3, seed=0, longest=1024, sequence=0,
-         gradient_checkpointing=False, micro_batch_tokens=0, rows=512, tile=4096):
+def main(
+    prompts,
+    shape="44M",
+    precision="bf16",
+    count=24,
+    repeats=3,
+    seed=0,
+    longest=1024,
+    sequence=0,
+    gradient_checkpointing=False,
+    micro_batch_tokens=0,
+    rows=512,
+    tile=4096,
+):
     """Measure and append to RESULTS.md.
 
     Args:
@@ -139,12 +173,15 @@ def main(prompts, shape="44M", precision="bf16", count=24, repeats=3, seed=0, lo
     tokens, responses = sum(len(p) + len(c) + len(r) for p, c, r in pairs), sum(len(c) + len(r) for _, c, r in pairs)
     rate = matrix_rate(device, dtype)
     floor = forward_flops(model, tokens, responses) / rate
-    lines = [f"{count} pairs: {tokens:,} tokens with each prompt once, {responses:,} of responses; prompts' median "
-             f"{statistics.median(len(p) for p, _, _ in pairs):.0f}, responses' "
-             f"{statistics.median(len(r) for pair in pairs for r in pair[1:]):.0f}. Matrix product "
-             f"({precision}): {rate / 1e12:.2f} TFLOP/s.", "",
-             "| stage | plain | ours | faster | plain's extra MiB | ours | less | floor | of it reached | difference |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"{count} pairs: {tokens:,} tokens with each prompt once, {responses:,} of responses; prompts' median "
+        f"{statistics.median(len(p) for p, _, _ in pairs):.0f}, responses' "
+        f"{statistics.median(len(r) for pair in pairs for r in pair[1:]):.0f}. Matrix product "
+        f"({precision}): {rate / 1e12:.2f} TFLOP/s.",
+        "",
+        "| stage | plain | ours | faster | plain's extra MiB | ours | less | floor | of it reached | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     model.eval()
     jobs = [("log-probabilities", compare_logps, 1, "nats"), ("training step", compare_training, 3, "relative")]
     for name, compare, passes, unit in jobs:
@@ -152,9 +189,11 @@ def main(prompts, shape="44M", precision="bf16", count=24, repeats=3, seed=0, lo
             model.train()
         found = compare(model, pairs, device, context, repeats, micro_batch_tokens)
         (plain, plain_mib), (ours, our_mib) = found["plain"], found["ours"]
-        lines.append(f"| {name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
-                     f"1/{plain_mib / max(our_mib, 1):.1f} | {passes * floor:.2f} s | {100 * passes * floor / ours:.0f} % | "
-                     f"{found['difference']:.1e} {unit} |")
+        lines.append(
+            f"| {name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
+            f"1/{plain_mib / max(our_mib, 1):.1f} | {passes * floor:.2f} s | {100 * passes * floor / ours:.0f} % | "
+            f"{found['difference']:.1e} {unit} |"
+        )
     checkpointing = ", gradient checkpointing" * gradient_checkpointing
     record(f"Log-probabilities and training, Qwen2 {shape}, {precision}{checkpointing}", lines)
 

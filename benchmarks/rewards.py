@@ -11,7 +11,6 @@ import tempfile
 import time
 
 import fire
-
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
 from judges import JudgeConfig, RewardJudge
@@ -20,6 +19,7 @@ from judges import JudgeConfig, RewardJudge
 def make_reward_model(source, hidden, layers, folder):
     """A sequence classifier with one output in place of `random_model`'s language model."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
+
     random_model(source, hidden, layers, folder)
     config = AutoConfig.from_pretrained(folder, num_labels=1, pad_token_id=0)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
@@ -37,18 +37,32 @@ def with_vllm(queue, config, records):
 def with_transformers(queue, config, records, batch=8):
     import torch
     from transformers import AutoModelForSequenceClassification
+
     from data_utils import encode_chat, load_tokenizer
+
     device = "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu"
-    model = AutoModelForSequenceClassification.from_pretrained(config.judge, dtype=torch.bfloat16 if device == "cuda" else
-                                                               torch.float32).to(device).eval()
+    model = (
+        AutoModelForSequenceClassification.from_pretrained(
+            config.judge, dtype=torch.bfloat16 if device == "cuda" else torch.float32
+        )
+        .to(device)
+        .eval()
+    )
     tokenizer = load_tokenizer(config.judge)
 
     def rewards(records):
-        chats = [encode_chat(tokenizer, [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": sample["text"]}],
-                             add_generation_prompt=False) for one in records for sample in one["samples"]]
+        chats = [
+            encode_chat(
+                tokenizer,
+                [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": sample["text"]}],
+                add_generation_prompt=False,
+            )
+            for one in records
+            for sample in one["samples"]
+        ]
         found = []
         for first in range(0, len(chats), batch):
-            part = chats[first:first + batch]
+            part = chats[first : first + batch]
             length = max(map(len, part))
             ids = torch.tensor([row + [0] * (length - len(row)) for row in part], device=device)
             mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in part], device=device)
@@ -65,11 +79,19 @@ def with_transformers(queue, config, records, batch=8):
     queue.put((time.perf_counter() - began, found, tokens))
 
 
-def main(prompts, source="exps/demo-models/judge", hidden=512, layers=8, count=32, num_samples=5, longest=600, gpus="auto"):
+def main(
+    prompts, source="exps/demo-models/judge", hidden=512, layers=8, count=32, num_samples=5, longest=600, gpus="auto"
+):
     """Measure and append to RESULTS.md."""
     texts = [text[:longest] for text in read_prompt_texts(prompts)]
-    records = [{"prompt_id": str(i), "prompt": texts[i], "samples": [{"text": texts[count + 1 + i * num_samples + k]}
-                                                                     for k in range(num_samples)]} for i in range(count + 1)]
+    records = [
+        {
+            "prompt_id": str(i),
+            "prompt": texts[i],
+            "samples": [{"text": texts[count + 1 + i * num_samples + k]} for k in range(num_samples)],
+        }
+        for i in range(count + 1)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         make_reward_model(source, hidden, layers, folder)
         config = JudgeConfig(judge=folder, judge_type="bt-mixture", max_prompt_tokens=2048, gpus=gpus)
@@ -77,11 +99,20 @@ def main(prompts, source="exps/demo-models/judge", hidden=512, layers=8, count=3
         plain, tokens = (found := in_its_own_process(with_transformers, config, records))[:2], found[2]
         ours = in_its_own_process(with_vllm, config, records)[:2]
     difference = max(abs(one - other) for one, other in zip(plain[1], ours[1]))
-    record(f"Rewards of {count * num_samples} responses, {tokens:,} tokens, a random model of {layers} layers of {hidden}", [
-        "| way | seconds | responses/s |", "|---|---|---|",
-        *(f"| {name} | {taken:.2f} | {count * num_samples / taken:.1f} |" for name, (taken, _) in
-          (("transformers, batches of 8", plain), ("ours, vLLM's pooling", ours))),
-        "", f"x{plain[0] / ours[0]:.2f}; largest difference of a reward {difference:.1e}."], packages=("torch", "transformers", "vllm"))
+    record(
+        f"Rewards of {count * num_samples} responses, {tokens:,} tokens, a random model of {layers} layers of {hidden}",
+        [
+            "| way | seconds | responses/s |",
+            "|---|---|---|",
+            *(
+                f"| {name} | {taken:.2f} | {count * num_samples / taken:.1f} |"
+                for name, (taken, _) in (("transformers, batches of 8", plain), ("ours, vLLM's pooling", ours))
+            ),
+            "",
+            f"x{plain[0] / ours[0]:.2f}; largest difference of a reward {difference:.1e}.",
+        ],
+        packages=("torch", "transformers", "vllm"),
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the tests share: the modules on the import path, no network, small files, and two tiny tokenizers.
 
-    bash tests/run.sh
+bash tests/run.sh
 """
 
 import json
@@ -45,24 +45,38 @@ class LengthJudge(ChunkWork):
         pass
 
     def __call__(self, tasks):
-        return [{"prompt_id": record["prompt_id"], "skipped": "too long"} if record["prompt"] == "skip" else
-                record | self.compare([sample["text"] for sample in record["samples"]]) for _, record in tasks]
+        return [
+            {"prompt_id": record["prompt_id"], "skipped": "too long"}
+            if record["prompt"] == "skip"
+            else record | self.compare([sample["text"] for sample in record["samples"]])
+            for _, record in tasks
+        ]
 
     @staticmethod
     def compare(texts):
         from judges import win_matrix
-        return win_matrix(texts, {(first, second): (0.75 if len(first) > len(second) else 0.25, 1.0)
-                                  for first in texts for second in texts if first != second})
+
+        return win_matrix(
+            texts,
+            {
+                (first, second): (0.75 if len(first) > len(second) else 0.25, 1.0)
+                for first in texts
+                for second in texts
+                if first != second
+            },
+        )
 
 
 @pytest.fixture
 def jsonl(tmp_path):
     """A function that writes records to a JSONL file of the test's own folder and returns its path."""
+
     def write(name, *records):
         path = tmp_path / name
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
         return path
+
     return write
 
 
@@ -71,6 +85,7 @@ def some_model(tmp_path_factory):
     """A directory with a config.json and whole, if few, weights: what a stage checks of a model before it starts."""
     import torch
     from safetensors.torch import save_file
+
     directory = tmp_path_factory.mktemp("some-model")
     (directory / "config.json").write_text("{}")
     save_file({"weight": torch.zeros(3)}, directory / "model.safetensors")
@@ -83,10 +98,22 @@ def demo_models(tmp_path_factory, worker_id):
     folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
     directory = folder / "demo-models"
     with FileLock(folder / "demo-models.lock"):
-        built = subprocess.run(["bash", "data/demo/build.sh", str(directory)], cwd=ROOT, text=True, timeout=600,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {
-                                   "PYTHON": sys.executable, "POLICY_EPOCHS": "10", "JUDGE_SHORT_EPOCHS": "1",
-                                   "JUDGE_EPOCHS": "1", "PROMPTS_PER_ITERATION": "32"})
+        built = subprocess.run(
+            ["bash", "data/demo/build.sh", str(directory)],
+            cwd=ROOT,
+            text=True,
+            timeout=600,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ
+            | {
+                "PYTHON": sys.executable,
+                "POLICY_EPOCHS": "10",
+                "JUDGE_SHORT_EPOCHS": "1",
+                "JUDGE_EPOCHS": "1",
+                "PROMPTS_PER_ITERATION": "32",
+            },
+        )
     assert built.returncode == 0, built.stdout
     return directory
 
@@ -95,7 +122,9 @@ def demo_models(tmp_path_factory, worker_id):
 def model_dirs(tmp_path_factory):
     """{"policy": a ChatML tokenizer, "judge": one in Llama 3's style}, as directories with a model's config."""
     from game import write_models
+
     from judges import read_template
+
     directory = tmp_path_factory.mktemp("models")
     write_models(directory, read_template(ROOT / "prompts" / "offsetbias.txt"))
     return {name: str(directory / f"{name}-config") for name in ("policy", "judge")}
@@ -104,6 +133,7 @@ def model_dirs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizers(model_dirs):
     from data_utils import load_tokenizer
+
     return {name: load_tokenizer(directory) for name, directory in model_dirs.items()}
 
 

@@ -31,9 +31,15 @@ LEFT_OUT = ("logs", ".lock", "tensorboard", "report")
 
 def start(log, mark, **settings):
     """A demo loop whose processes all inherit `mark`."""
-    return subprocess.Popen(["bash", "comal.sh"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                            env=os.environ | {"RECIPE": "demo", "PYTHON": sys.executable, "FAULTS_MARK": mark} | settings,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    return subprocess.Popen(
+        ["bash", "comal.sh"],
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=os.environ | {"RECIPE": "demo", "PYTHON": sys.executable, "FAULTS_MARK": mark} | settings,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def processes(mark):
@@ -125,26 +131,36 @@ def _kill_one(loop, mark, rng, log_path, offset, segments):
     if leaked:  # those of other processes go in a moment
         time.sleep(3)
         leaked &= unmapped_segments()
-    return {"stage": stages[-1].decode() if stages else "start", "victim": victim, "signal": sent.name,
-            "outcome": f"exit {loop.returncode}" if ended else "goes on",
-            "left": [*left.values(), *leaked]}
+    return {
+        "stage": stages[-1].decode() if stages else "start",
+        "victim": victim,
+        "signal": sent.name,
+        "outcome": f"exit {loop.returncode}" if ended else "goes on",
+        "left": [*left.values(), *leaked],
+    }
 
 
 def differing(plain, killed):
     """["path: what"] of the files of an experiment that are not those of the undisturbed one, timings aside."""
     expected, found = _digests(plain), _digests(killed)
     state = lambda path: "missing" if path not in found else "extra" if path not in expected else "differs"  # noqa: E731
-    return [f"{path}: {state(path)}" for path in sorted(expected.keys() | found.keys())
-            if expected.get(path) != found.get(path)]
+    return [
+        f"{path}: {state(path)}"
+        for path in sorted(expected.keys() | found.keys())
+        if expected.get(path) != found.get(path)
+    ]
 
 
 def _digests(folder):
     """{path: hash of its contents without timings and the experiment's name}."""
     name = str(folder.relative_to(ROOT)).encode()
-    return {str(path.relative_to(folder)):
-            hashlib.sha256(TIMINGS.sub(b"", path.read_bytes()).replace(name, b"")).hexdigest()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and not set(LEFT_OUT) & set(path.relative_to(folder).parts)}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(
+            TIMINGS.sub(b"", path.read_bytes()).replace(name, b"")
+        ).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not set(LEFT_OUT) & set(path.relative_to(folder).parts)
+    }
 
 
 def main():
@@ -154,7 +170,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, mark = random.Random(options.seed), uuid.uuid4().hex[:8]
-    settings = {"ROUNDS": "1", "SPLITS": str(options.iterations), "EVAL_EVERY": str(options.iterations), "SAVE_STEPS": "10"}
+    settings = {
+        "ROUNDS": "1",
+        "SPLITS": str(options.iterations),
+        "EVAL_EVERY": str(options.iterations),
+        "SAVE_STEPS": "10",
+    }
     folder, log = ROOT / "exps" / f"faults-{mark}", ROOT / "exps" / f"faults-{mark}.log"
     plain = folder / "plain"
     folder.mkdir(parents=True)
@@ -170,8 +191,11 @@ def main():
         name = f"killed{loops}"
         for kill in disturb(log, mark, options.kills - len(kills), rng, NAME=f"{folder.name}/{name}", **settings):
             kills.append(kill)
-            print(f"{len(kills):4} {time.monotonic() - began:6.0f}s  {kill['stage'][:12]:12} {kill['victim'][:18]:18} "
-                  f"{kill['signal']:8} {kill['outcome']:9} {', '.join(kill['left'])[:60] or '-'}", flush=True)
+            print(
+                f"{len(kills):4} {time.monotonic() - began:6.0f}s  {kill['stage'][:12]:12} {kill['victim'][:18]:18} "
+                f"{kill['signal']:8} {kill['outcome']:9} {', '.join(kill['left'])[:60] or '-'}",
+                flush=True,
+            )
         different += [f"{name}/{line}" for line in differing(plain, folder / name)]
     for what in ("stage", "victim", "signal"):
         counts = collections.Counter(kill[what] for kill in kills)
@@ -179,8 +203,10 @@ def main():
     for line in different:
         print(f"  {line}")
     orphans = sum(len(kill["left"]) for kill in kills)
-    print(f"{len(kills)} kills in {loops} loops; files compared: {loops * len(_digests(plain))}, "
-          f"differing: {len(different)}; left behind: {orphans}")
+    print(
+        f"{len(kills)} kills in {loops} loops; files compared: {loops * len(_digests(plain))}, "
+        f"differing: {len(different)}; left behind: {orphans}"
+    )
     if different or orphans:
         sys.exit(f"kept for a look: {folder.relative_to(ROOT)}, {log.relative_to(ROOT)}")
     shutil.rmtree(folder)

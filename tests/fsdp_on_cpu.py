@@ -62,7 +62,8 @@ class FSDPAccelerator(accelerate.Accelerator):
         seen["loaded_norms"] = gather_object([norm])
         seen["shards"] = {
             name: [list(value.shape), list(value.to_local().shape)] if isinstance(value, DTensor) else None
-            for name, value in model.named_parameters()}
+            for name, value in model.named_parameters()
+        }
         units = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
         seen["units"] = list(units)
         seen["policies"] = {str(module._get_fsdp_state()._mp_policy) for module in units.values()}
@@ -73,6 +74,7 @@ def note_dtype(sum_by_owner):
     def noted(token_logps, *args):
         seen.setdefault("logps_dtypes", set()).add(str(token_logps.dtype))
         return sum_by_owner(token_logps, *args)
+
     return noted
 
 
@@ -97,7 +99,9 @@ def main(jobs_path):
     PartialState.destroy_process_group = lambda self, group=None: None  # only after the last job
     logps.sum_by_owner = note_dtype(logps.sum_by_owner)
     for job in json.loads(Path(jobs_path).read_text()):
-        os.environ |= {name: str(value).lower() if isinstance(value, bool) else value for name, value in job["env"].items()}
+        os.environ |= {
+            name: str(value).lower() if isinstance(value, bool) else value for name, value in job["env"].items()
+        }
         reset()
         seen.clear()
         code = run(job)

@@ -1,6 +1,6 @@
 """The loop of comal.sh: locks, ends of every kind, forks, pins, what it keeps. A script stands in for the stages.
 
-    python -m pytest tests/test_comal.py
+python -m pytest tests/test_comal.py
 """
 
 import contextlib
@@ -59,15 +59,32 @@ class Loop:
         (folder / "bin").mkdir()
 
     def start(self, *arguments, **settings):
-        environment = os.environ | {
-            "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "RECIPE": "demo", "NAME": f"{self.name}/run",
-            "DEMO_MODELS": str(self.folder / "models"), "ROUNDS": "2", "SPLITS": "2", "UPDATE_INTERVAL": "2",
-            "COMAL_TEST_MARK": self.name} | settings
+        environment = (
+            os.environ
+            | {
+                "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+                "RECIPE": "demo",
+                "NAME": f"{self.name}/run",
+                "DEMO_MODELS": str(self.folder / "models"),
+                "ROUNDS": "2",
+                "SPLITS": "2",
+                "UPDATE_INTERVAL": "2",
+                "COMAL_TEST_MARK": self.name,
+            }
+            | settings
+        )
         # The interpreter's own check belongs to setup.sh, which tests/test_setup.py tests.
         command = f"PYTHON={self.python}; source() {{ if [[ $1 != ./setup.sh ]]; then builtin source $1; fi; }}; "
-        command += "export PYTHON; export -f source; exec bash comal.sh \"$@\""
-        return subprocess.Popen(["bash", "-c", command, "bash", *arguments], cwd=ROOT, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        command += 'export PYTHON; export -f source; exec bash comal.sh "$@"'
+        return subprocess.Popen(
+            ["bash", "-c", command, "bash", *arguments],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def run(self, *arguments, **settings):
         process = self.start(*arguments, **settings)
@@ -141,12 +158,16 @@ def test_last_keeps_the_reference(loop):
     assert loop.models() == [2, 3]
 
 
-@pytest.mark.parametrize("every, scorings, at_the_end", [("1", [[0], [1], [2]], [3]), ("2", [[0, 1]], [2, 3]),
-                                                         ("4", [], [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "every, scorings, at_the_end", [("1", [[0], [1], [2]], [3]), ("2", [[0, 1]], [2, 3]), ("4", [], [0, 1, 2, 3])]
+)
 def test_comparisons_share_the_judge_of_a_scoring(loop, every, scorings, at_the_end):
     plan = loop.run("--plan", EVAL_EVERY=every)[0]
-    compared = lambda flag, script: [sorted({int(i) for i in re.findall(r"/iter(\d+)/eval/vs_", line)})  # noqa: E731
-                                     for line in plan.splitlines() if script in line and flag in line]
+    compared = lambda flag, script: [
+        sorted({int(i) for i in re.findall(r"/iter(\d+)/eval/vs_", line)})
+        for line in plan.splitlines()
+        if script in line and flag in line
+    ]
     assert compared("--compared", "scoring.py") == scorings
     assert compared("--output", "eval.py compare") == [at_the_end]
     output, code = loop.run(EVAL_EVERY=every)
@@ -157,15 +178,21 @@ def test_pins_and_forks(loop):
     assert loop.run(KEEP_CKPTS="rounds")[1] == 0
     run, fork = f"exps/{loop.name}/run", {"NAME": f"{loop.name}/fork", "ETA": "0.5", "KEEP_CKPTS": "rounds"}
     assert json.loads((ROOT / run / "iter2/next.json").read_text()) == {
-        "policy": f"{run}/iter2/ckpt", "reference": f"{run}/iter1/ckpt"}
+        "policy": f"{run}/iter2/ckpt",
+        "reference": f"{run}/iter1/ckpt",
+    }
     output, code = loop.run(FROM=f"{run}/iter1", **fork)
     assert code == 0 and "iteration 2 of 4, stage sampling" in output and "iteration 1 of" not in output, output
     assert loop.models("fork") == [3] and (loop.exps / "fork/start/responses.jsonl").exists()
     plan = loop.run("--plan", FROM=f"{run}/iter1", NAME=f"{loop.name}/planned")[0]
     assert f"--model {run}/iter1/ckpt --reference {run}/iter1/ckpt" in plan
-    for changed, message in (({"FROM": f"{run}/iter9"}, "no such folder"), ({"FROM": run}, "should be an iteration's"),
-                             ({"FROM": f"{run}/iter3"}, "raise ROUNDS"), ({"FROM": f"{run}/iter0"}, "no weights any more"),
-                             ({"FROM": f"{run}/iter1", "NAME": f"{loop.name}/run"}, "another NAME")):
+    for changed, message in (
+        ({"FROM": f"{run}/iter9"}, "no such folder"),
+        ({"FROM": run}, "should be an iteration's"),
+        ({"FROM": f"{run}/iter3"}, "raise ROUNDS"),
+        ({"FROM": f"{run}/iter0"}, "no weights any more"),
+        ({"FROM": f"{run}/iter1", "NAME": f"{loop.name}/run"}, "another NAME"),
+    ):
         output, code = loop.run(**({"NAME": f"{loop.name}/other"} | changed))
         assert code == 1 and message in output, output
     settings = json.loads((loop.exps / "run/run.json").read_text())
@@ -179,7 +206,9 @@ def test_pins_and_forks(loop):
 
 def test_any_judge_reaches_the_stages(loop):
     models = loop.folder / "models"
-    plan, code = loop.run("--plan", JUDGE=f"{models}/judge,{models}/policy", JUDGE_TYPE="offsetbias-lm,bt-mixture", JUDGE_WEIGHTS="1,3")
+    plan, code = loop.run(
+        "--plan", JUDGE=f"{models}/judge,{models}/policy", JUDGE_TYPE="offsetbias-lm,bt-mixture", JUDGE_WEIGHTS="1,3"
+    )
     flags = f"--judge {models}/judge,{models}/policy --judge_type offsetbias-lm,bt-mixture --judge_weights 1,3"
     assert code == 0 and plan.count(flags) == 6, plan  # four scorings, the last evaluation, the matrix
     plan = loop.run("--plan", JUDGE_FLAGS="--labels 'A x,B x' --reward_temperature 2")[0]
@@ -187,7 +216,9 @@ def test_any_judge_reaches_the_stages(loop):
     output, code = loop.run(JUDGE=f"{models}/judge,no-such-model", JUDGE_TYPE="bt-mixture")
     assert code == 1 and "no-such-model (MODEL or JUDGE): no such directory" in output
     plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="openai", API_BASE="http://127.0.0.1:8000/v1")
-    assert code == 0 and "--judge some-model --judge_type openai" in plan and "--api_base http://127.0.0.1:8000/v1" in plan
+    assert (
+        code == 0 and "--judge some-model --judge_type openai" in plan and "--api_base http://127.0.0.1:8000/v1" in plan
+    )
 
 
 def test_the_disk_is_checked(loop):
@@ -198,13 +229,25 @@ def test_the_disk_is_checked(loop):
     assert code == 1 and "needs about 100 MiB" in output and "2 MiB free" in output and "KEEP_CKPTS=last" in output
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("ETA=0", "greater than 0"), ("BETA=0.0", "greater than 0"), ("LEARNING_RATE=0e-5", "greater than 0"),
-    ("TOP_P=0", "greater than 0"), ("TOP_P=1.1", "at most 1"), ("WARMUP_RATIO=2", "at most 1"),
-    ("KEEP_CKPTS=some", "choose one of: all rounds last"), ("ON_ERROR=no", "choose one of: fail skip"),
-    ("SAVE_STEPS=x", "whole number"), ("STALL_TIMEOUT=-1", "whole number"), ("GPUS=97", "nvidia-smi lists"),
-    ("JUDGE_TYPE=bt", "should be offsetbias-lm, bt-mixture or openai"), ("JUDGE_WEIGHTS=x", "should be numbers"),
-    ("JUDGE_TYPE=openai", "OPENAI_API_KEY is not set")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("ETA=0", "greater than 0"),
+        ("BETA=0.0", "greater than 0"),
+        ("LEARNING_RATE=0e-5", "greater than 0"),
+        ("TOP_P=0", "greater than 0"),
+        ("TOP_P=1.1", "at most 1"),
+        ("WARMUP_RATIO=2", "at most 1"),
+        ("KEEP_CKPTS=some", "choose one of: all rounds last"),
+        ("ON_ERROR=no", "choose one of: fail skip"),
+        ("SAVE_STEPS=x", "whole number"),
+        ("STALL_TIMEOUT=-1", "whole number"),
+        ("GPUS=97", "nvidia-smi lists"),
+        ("JUDGE_TYPE=bt", "should be offsetbias-lm, bt-mixture or openai"),
+        ("JUDGE_WEIGHTS=x", "should be numbers"),
+        ("JUDGE_TYPE=openai", "OPENAI_API_KEY is not set"),
+    ],
+)
 def test_wrong_settings_are_refused(loop, setting, message):
     output, code = loop.run(**dict([setting.split("=")]))
     assert code == 1 and message in output and not loop.exps.exists(), output

@@ -1,6 +1,6 @@
 """data_processing.py: the three pair rules on matrices made by hand, prompt splits and SFT data from local files.
 
-    python -m pytest tests/test_data_processing.py
+python -m pytest tests/test_data_processing.py
 """
 
 import random
@@ -8,19 +8,30 @@ from collections import Counter
 
 import pytest
 
-from data_processing import (PAIR_RULES, as_pair, first_exchange, import_pairs, make_pair, make_pairs, make_prompts,
-                             make_sft, mean_win_probs)
+from data_processing import (
+    PAIR_RULES,
+    as_pair,
+    first_exchange,
+    import_pairs,
+    make_pair,
+    make_pairs,
+    make_prompts,
+    make_sft,
+    mean_win_probs,
+)
 from data_utils import ChatDataset, encode_prompt, encode_text
 from utils import StageError, read_jsonl, text_id
 
 # Row i, column j: P(i beats j). Scores (0.9 + 0.6)/2 = 0.75, (0.1 + 0.7)/2 = 0.4, (0.4 + 0.3)/2 = 0.35.
 THREE = [[None, 0.9, 0.6], [0.1, None, 0.7], [0.4, 0.3, None]]
 # Scores (1.0, 2.0, 1.4, 3.0, 2.6)/4 = 0.25, 0.5, 0.35, 0.75, 0.65: best 3, then 4, 1, 2, worst 0.
-FIVE = [[None, 0.4, 0.3, 0.2, 0.1],
-        [0.6, None, 0.7, 0.2, 0.5],
-        [0.7, 0.3, None, 0.1, 0.3],
-        [0.8, 0.8, 0.9, None, 0.5],
-        [0.9, 0.5, 0.7, 0.5, None]]
+FIVE = [
+    [None, 0.4, 0.3, 0.2, 0.1],
+    [0.6, None, 0.7, 0.2, 0.5],
+    [0.7, 0.3, None, 0.1, 0.3],
+    [0.8, 0.8, 0.9, None, 0.5],
+    [0.9, 0.5, 0.7, 0.5, None],
+]
 # Sample 0 has the best score, (0.45 + 0.95)/2 = 0.7 against (0.55 + 0.6)/2 = 0.575, and loses to 1 directly.
 UPSET = [[None, 0.45, 0.95], [0.55, None, 0.6], [0.05, 0.4, None]]
 EVEN = [[None, 0.5, 0.5], [0.5, None, 0.5], [0.5, 0.5, None]]
@@ -30,10 +41,17 @@ def scored(win_probs, prompt_id="a", texts=None, lengths=None):
     """A scores record of K samples, which are named s0, s1, ... and have 1, 2, ... tokens."""
     size = len(win_probs)
     texts, lengths = texts or [f"s{i}" for i in range(size)], lengths or range(1, size + 1)
-    samples = [{"text": text, "token_ids": [i] * length, "finish_reason": "stop"}
-               for i, (text, length) in enumerate(zip(texts, lengths))]
-    return {"prompt_id": prompt_id, "prompt": "Where?\u2028", "prompt_token_ids": [7, 7, 7], "samples": samples,
-            "win_probs": win_probs}
+    samples = [
+        {"text": text, "token_ids": [i] * length, "finish_reason": "stop"}
+        for i, (text, length) in enumerate(zip(texts, lengths))
+    ]
+    return {
+        "prompt_id": prompt_id,
+        "prompt": "Where?\u2028",
+        "prompt_token_ids": [7, 7, 7],
+        "samples": samples,
+        "win_probs": win_probs,
+    }
 
 
 def indices(pair):
@@ -44,11 +62,17 @@ def indices(pair):
 # ---- make_pair ----
 
 
-@pytest.mark.parametrize("win_probs, rule, expected, win_prob, scores", [
-    (THREE, "top_two", (0, 1), 0.9, (0.75, 0.4)), (THREE, "best_worst", (0, 2), 0.6, (0.75, 0.35)),
-    (FIVE, "top_two", (3, 4), 0.5, (0.75, 0.65)), (FIVE, "best_worst", (3, 0), 0.8, (0.75, 0.25)),
-    (UPSET, "top_two", (0, 1), 0.45, (0.7, 0.575)), (UPSET, "best_worst", (0, 2), 0.95, (0.7, 0.225)),
-])
+@pytest.mark.parametrize(
+    "win_probs, rule, expected, win_prob, scores",
+    [
+        (THREE, "top_two", (0, 1), 0.9, (0.75, 0.4)),
+        (THREE, "best_worst", (0, 2), 0.6, (0.75, 0.35)),
+        (FIVE, "top_two", (3, 4), 0.5, (0.75, 0.65)),
+        (FIVE, "best_worst", (3, 0), 0.8, (0.75, 0.25)),
+        (UPSET, "top_two", (0, 1), 0.45, (0.7, 0.575)),
+        (UPSET, "best_worst", (0, 2), 0.95, (0.7, 0.225)),
+    ],
+)
 def test_make_pair_by_rank(win_probs, rule, expected, win_prob, scores):
     assert mean_win_probs(win_probs)[expected[0]] == pytest.approx(scores[0])
     pair, dropped = make_pair(scored(win_probs), rule, 2048, 0)
@@ -61,10 +85,17 @@ def test_make_pair_by_rank(win_probs, rule, expected, win_prob, scores):
 def test_make_pair_has_every_field():
     pair, _ = make_pair(scored(THREE), "top_two", 2048, 0)
     assert pair == {
-        "prompt_id": "a", "prompt": [{"role": "user", "content": "Where?\u2028"}],
-        "chosen": [{"role": "assistant", "content": "s0"}], "rejected": [{"role": "assistant", "content": "s1"}],
-        "prompt_token_ids": [7, 7, 7], "chosen_token_ids": [0], "rejected_token_ids": [1, 1], "win_prob": 0.9,
-        "score_chosen": pytest.approx(0.75), "score_rejected": pytest.approx(0.4)}
+        "prompt_id": "a",
+        "prompt": [{"role": "user", "content": "Where?\u2028"}],
+        "chosen": [{"role": "assistant", "content": "s0"}],
+        "rejected": [{"role": "assistant", "content": "s1"}],
+        "prompt_token_ids": [7, 7, 7],
+        "chosen_token_ids": [0],
+        "rejected_token_ids": [1, 1],
+        "win_prob": 0.9,
+        "score_chosen": pytest.approx(0.75),
+        "score_rejected": pytest.approx(0.4),
+    }
 
 
 @pytest.mark.parametrize("win_probs", [THREE, UPSET])
@@ -80,6 +111,7 @@ def test_make_pair_random_draws_every_pair_alike_and_labels_by_the_judge(win_pro
 def test_make_pair_random_depends_on_seed_and_prompt_alone():
     def drawn(seed):
         return [indices(make_pair(scored(THREE, f"p{i}"), "random", 2048, seed)[0]) for i in range(40)]
+
     first = drawn(1)
     random.seed(5)
     assert drawn(1) == first != drawn(2)
@@ -97,8 +129,10 @@ def test_make_pair_drops_a_tie_at_the_top_only_where_it_matters():
     assert indices(make_pair(scored(tie), "best_worst", 2048, 0)[0]) == (0, 2)
 
 
-@pytest.mark.parametrize("rule, texts", [("top_two", ["same", "same", "s2"]), ("best_worst", ["same", "s1", "same"]),
-                                         ("random", ["same"] * 3)])
+@pytest.mark.parametrize(
+    "rule, texts",
+    [("top_two", ["same", "same", "s2"]), ("best_worst", ["same", "s1", "same"]), ("random", ["same"] * 3)],
+)
 def test_make_pair_drops_identical_responses(rule, texts):
     assert make_pair(scored(THREE, texts=texts), rule, 2048, 0) == (None, "identical responses")
 
@@ -142,13 +176,16 @@ def test_make_pairs_gives_the_same_file_for_the_same_seed(jsonl, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
 
 
-@pytest.mark.parametrize("record, settings, message", [
-    (scored(EVEN), {}, "no usable pair in 1 records"),
-    (scored(THREE), {"max_length": 3}, "no usable pair in 1 records .*longer than 3 tokens"),
-    (scored(THREE), {"pair_rule": "best"}, "--pair_rule should be one of top_two, best_worst, random, got best"),
-    (scored([[None]]), {}, "1 samples, needed: 2"),
-    ({"prompt_id": "a"}, {}, "line 1: field 'prompt' is missing"),
-])
+@pytest.mark.parametrize(
+    "record, settings, message",
+    [
+        (scored(EVEN), {}, "no usable pair in 1 records"),
+        (scored(THREE), {"max_length": 3}, "no usable pair in 1 records .*longer than 3 tokens"),
+        (scored(THREE), {"pair_rule": "best"}, "--pair_rule should be one of top_two, best_worst, random, got best"),
+        (scored([[None]]), {}, "1 samples, needed: 2"),
+        ({"prompt_id": "a"}, {}, "line 1: field 'prompt' is missing"),
+    ],
+)
 def test_make_pairs_fails_without_an_output(jsonl, tmp_path, record, settings, message):
     scores = jsonl("scores", record)
     with pytest.raises(StageError, match=message):
@@ -164,8 +201,12 @@ NUM_PROMPTS = 40
 def ultrafeedback(seed=0):
     """Rows in UltraFeedback's format: 40 different instructions, some twice, one with spaces, one missing."""
     rows = [{"instruction": f"Instruction {i}: café\u2028東京\n", "source": "x"} for i in range(NUM_PROMPTS)]
-    rows += [rows[3], {"instruction": f"  {rows[5]['instruction']}  ", "source": "y"},
-             {"instruction": "  ", "source": "z"}, {"instruction": None, "source": "z"}]
+    rows += [
+        rows[3],
+        {"instruction": f"  {rows[5]['instruction']}  ", "source": "y"},
+        {"instruction": "  ", "source": "z"},
+        {"instruction": None, "source": "z"},
+    ]
     random.Random(seed).shuffle(rows)
     return rows
 
@@ -177,10 +218,12 @@ def prompts(directory):
 @pytest.fixture
 def split(jsonl, tmp_path):
     """A function that runs make_prompts on these rows and returns {file: prompts}."""
+
     def split(name, rows, **settings):
         local_file = jsonl(f"{name}-rows.jsonl", *rows)
         make_prompts(str(tmp_path / name), str(local_file), **{"num_splits": 3, "num_test": 10} | settings)
         return prompts(tmp_path / name)
+
     return split
 
 
@@ -227,11 +270,14 @@ def test_make_prompts_leaves_out_excluded_prompts(split, jsonl):
     assert set(found["test"]) | set(found["train"]) == set(everything["train"])
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"num_test": 38}, "40 different prompts are too few for 38 test prompts .* and 3 train splits"),
-    ({"field": "prompt"}, "has no column 'prompt'; it has instruction, source"),
-    ({"exclude": "no-such-file"}, "no-such-file"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_test": 38}, "40 different prompts are too few for 38 test prompts .* and 3 train splits"),
+        ({"field": "prompt"}, "has no column 'prompt'; it has instruction, source"),
+        ({"exclude": "no-such-file"}, "no-such-file"),
+    ],
+)
 def test_make_prompts_refuses(split, tmp_path, settings, message):
     with pytest.raises((StageError, FileNotFoundError), match=message):  # run() shows both as one line
         split("a", ultrafeedback(), **settings)
@@ -254,12 +300,18 @@ def turns(*contents, first="user"):
     return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-@pytest.mark.parametrize("messages, expected", [
-    (turns("q", "a", "more", "b"), turns("q", "a")),
-    ([SYSTEM, *turns("q", "a", "more")], [SYSTEM, *turns("q", "a")]),
-    (turns("q", " \n", "more", "b"), None), (turns("q"), None), ([], None), (turns("  ", "a"), None),
-    (turns("a", "q", first="assistant"), None),
-])
+@pytest.mark.parametrize(
+    "messages, expected",
+    [
+        (turns("q", "a", "more", "b"), turns("q", "a")),
+        ([SYSTEM, *turns("q", "a", "more")], [SYSTEM, *turns("q", "a")]),
+        (turns("q", " \n", "more", "b"), None),
+        (turns("q"), None),
+        ([], None),
+        (turns("  ", "a"), None),
+        (turns("a", "q", first="assistant"), None),
+    ],
+)
 def test_first_exchange_ends_with_the_first_answer(messages, expected):
     assert first_exchange(messages) == expected
 
@@ -273,10 +325,12 @@ def ultrachat():
 @pytest.fixture
 def sft(jsonl, tmp_path):
     """A function that runs make_sft on the rows above and returns (train records, validation records)."""
+
     def sft(**settings):
         outputs, rows = [tmp_path / "sft.jsonl", tmp_path / "sft_test.jsonl"], jsonl("rows.jsonl", *ultrachat())
         make_sft(*map(str, outputs), str(rows), **{"num_validation": 4} | settings)
         return tuple(list(read_jsonl(path)) for path in outputs)
+
     return sft
 
 
@@ -293,8 +347,10 @@ def test_make_sft_writes_first_exchanges(sft, caplog):
 def test_make_sft_drops_what_is_too_long_for_the_tokenizer(sft, model_dirs, tokenizers, tmp_path, missing):
     tokenizer = tokenizers["policy"]
     # Prompt, answer and end token; the limit is the length of the ninth chat, or one token less.
-    lengths = [len(encode_prompt(tokenizer, f"q{i} <|im_end|>\u2028")) + len(encode_text(tokenizer, "a" * i)) + 1
-               for i in range(1, 13)]
+    lengths = [
+        len(encode_prompt(tokenizer, f"q{i} <|im_end|>\u2028")) + len(encode_text(tokenizer, "a" * i)) + 1
+        for i in range(1, 13)
+    ]
     limit = lengths[8] - missing
     train, validation = sft(tokenizer=model_dirs["policy"], max_length=limit)
     fit = {str(i) for i, length in enumerate(lengths) if length <= limit}
@@ -343,11 +399,15 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "p", "chosen": "a", "rejected": "b"},
-    {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
-    {"prompt": "p", "chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
-    {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")], "score": 3}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"prompt": "p", "chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
+        {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")], "score": 3},
+    ],
+)
 def test_as_pair_reads_every_form(row):
     assert as_pair(row) == ({"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, None)
 
@@ -357,22 +417,33 @@ def test_as_pair_keeps_the_turns_before():
     assert as_pair({"chosen": turns + [assistant("a")], "rejected": turns + [assistant("b")]})[0]["prompt"] == turns
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical responses"),
-    ({"chosen": "Human: a", "rejected": "Human: b"}, "without a prompt and two answers"),
-    ({"prompt": "p", "chosen": None, "rejected": "b"}, "without a prompt and two answers"),
-    ({"prompt": [assistant("p")], "chosen": "a", "rejected": "b"}, "without a prompt and two answers"),
-    ({"chosen": [user("p"), assistant("a"), user("c")], "rejected": [user("p"), assistant("b")]},
-     "without a prompt and two answers"),
-    ({"prompt": "p", "chosen": "", "rejected": "b"}, "empty or without text")])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical responses"),
+        ({"chosen": "Human: a", "rejected": "Human: b"}, "without a prompt and two answers"),
+        ({"prompt": "p", "chosen": None, "rejected": "b"}, "without a prompt and two answers"),
+        ({"prompt": [assistant("p")], "chosen": "a", "rejected": "b"}, "without a prompt and two answers"),
+        (
+            {"chosen": [user("p"), assistant("a"), user("c")], "rejected": [user("p"), assistant("b")]},
+            "without a prompt and two answers",
+        ),
+        ({"prompt": "p", "chosen": "", "rejected": "b"}, "empty or without text"),
+    ],
+)
 def test_as_pair_leaves_out(row, reason):
     assert as_pair(row) == (None, reason)
 
 
 def test_import_pairs_writes_what_get_logprobs_reads(jsonl, tmp_path, tokenizers):
     from data_utils import UnscoredPairDataset
-    source = jsonl("rows.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b"},
-                   {"prompt": "p", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b"})
+
+    source = jsonl(
+        "rows.jsonl",
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    )
     import_pairs(str(tmp_path / "pairs.jsonl"), str(source))
     dataset = UnscoredPairDataset(tmp_path / "pairs.jsonl", tokenizers["policy"], 100, 664)
     assert dataset.ids == ["0", "2"] and dataset[1]["win_prob"] == 1.0

@@ -28,8 +28,15 @@ JUDGE_TOLERANCE = 0.03 if ON_GPU else 1e-4
 
 
 def run(command, **environment):
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable} | environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=600,
+    )
 
 
 def stage(script, *flags):
@@ -54,8 +61,15 @@ def models(demo_models):
 
 
 def settings(name, models):
-    return {"RECIPE": "demo", "NAME": name, "DEMO_MODELS": str(models), "ROUNDS": "1", "SPLITS": str(SPLITS),
-            "EVAL_EVERY": "2", "MAX_JUDGE_TOKENS": "1000"}
+    return {
+        "RECIPE": "demo",
+        "NAME": name,
+        "DEMO_MODELS": str(models),
+        "ROUNDS": "1",
+        "SPLITS": str(SPLITS),
+        "EVAL_EVERY": "2",
+        "MAX_JUDGE_TOKENS": "1000",
+    }
 
 
 def comal(name, models, *arguments, **environment):
@@ -133,13 +147,24 @@ def test_comal_refuses_other_settings(finished, name, models):
     assert '"ETA": "0.5"' in refused.stdout and "another NAME" in refused.stdout
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("RECIPE=Demo", "choose one of: demo full"), ("METHOD=como", "choose one of: comal inpo-small"),
-    ("PAIR_RULE=bestworst", "choose one of: top_two"), ("SOFT_LABELS=maybe", "choose one of: true false"),
-    ("ROUNDS=x", "ROUNDS=x should be a whole number"), ("EVAL_EVERY=0", "at least 1"), ("NUM_SAMPLES=1", "at least 2"),
-    ("UPDATE_INTERVAL=six", "should be a whole number"), ("ETA=-1", "ETA=-1 should be a number"), ("BETA=b", "BETA=b"),
-    ("MODEL=no/such/model", "no such directory"), ("EVAL_PROMPTS=none.jsonl", "none.jsonl does not exist"),
-    ("SPLITS=9", "train_6.jsonl does not exist")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("RECIPE=Demo", "choose one of: demo full"),
+        ("METHOD=como", "choose one of: comal inpo-small"),
+        ("PAIR_RULE=bestworst", "choose one of: top_two"),
+        ("SOFT_LABELS=maybe", "choose one of: true false"),
+        ("ROUNDS=x", "ROUNDS=x should be a whole number"),
+        ("EVAL_EVERY=0", "at least 1"),
+        ("NUM_SAMPLES=1", "at least 2"),
+        ("UPDATE_INTERVAL=six", "should be a whole number"),
+        ("ETA=-1", "ETA=-1 should be a number"),
+        ("BETA=b", "BETA=b"),
+        ("MODEL=no/such/model", "no such directory"),
+        ("EVAL_PROMPTS=none.jsonl", "none.jsonl does not exist"),
+        ("SPLITS=9", "train_6.jsonl does not exist"),
+    ],
+)
 def test_comal_refuses_a_wrong_setting_before_it_runs_anything(name, models, setting, message):
     variable, value = setting.split("=")
     refused = comal(name, models, NAME=f"{name}/refused", **{variable: value})
@@ -160,9 +185,16 @@ def planned(name, models, script, **environment):
     return [dict(zip(words, words[1:])) for words in commands]
 
 
-@pytest.mark.parametrize("method, trainer, moves", [
-    ("comal", "inpo.py", {2: 1}), ("inpo-small", "inpo.py", {}), ("inpo-large", "inpo.py", {}),
-    ("iter-ipo", "ipo.py", {1: 0, 2: 1, 3: 2}), ("iter-dpo", "dpo.py", {1: 0, 2: 1, 3: 2})])
+@pytest.mark.parametrize(
+    "method, trainer, moves",
+    [
+        ("comal", "inpo.py", {2: 1}),
+        ("inpo-small", "inpo.py", {}),
+        ("inpo-large", "inpo.py", {}),
+        ("iter-ipo", "ipo.py", {1: 0, 2: 1, 3: 2}),
+        ("iter-dpo", "dpo.py", {1: 0, 2: 1, 3: 2}),
+    ],
+)
 def test_comal_moves_the_reference_as_the_method_says(name, models, method, trainer, moves):
     """`moves`: from which iteration on the reference is which iteration's policy (UPDATE_INTERVAL 2 for COMAL)."""
     settings = {"METHOD": method, "ROUNDS": "2"} | ({"UPDATE_INTERVAL": "2"} if method == "comal" else {})
@@ -178,7 +210,9 @@ def test_comal_moves_the_reference_as_the_method_says(name, models, method, trai
 @pytest.mark.parametrize("method, trainer", [("ipo", "ipo.py"), ("dpo", "dpo.py")])
 def test_comal_baselines_take_one_iteration_over_all_prompts(name, models, method, trainer):
     assert len(planned(name, models, trainer, METHOD=method)) == 1
-    assert planned(name, models, "sampling.py", METHOD=method)[0]["--input"].startswith(str(models / "prompts/train.jsonl"))
+    assert planned(name, models, "sampling.py", METHOD=method)[0]["--input"].startswith(
+        str(models / "prompts/train.jsonl")
+    )
 
 
 def test_comal_takes_one_eta_a_round(name, models):
@@ -220,12 +254,28 @@ def test_comal_uses_the_gpus(finished):
 @pytest.mark.skipif(ON_GPU, reason="on GPUs vLLM's arithmetic depends on the batch")
 def test_sampling_does_not_depend_on_workers_or_chunks(models, tmp_path):
     source = models / "prompts/train_0.jsonl"
-    flags = ["--model", models / "policy", "--num_samples", 3, "--max_prompt_tokens", 64, "--max_new_tokens", 24,
-             "--seed", 7, "--gpus", "none"]
+    flags = [
+        "--model",
+        models / "policy",
+        "--num_samples",
+        3,
+        "--max_prompt_tokens",
+        64,
+        "--max_new_tokens",
+        24,
+        "--seed",
+        7,
+        "--gpus",
+        "none",
+    ]
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     assert stage("sampling.py", "--input", source, "--output", one, *flags).returncode == 0
-    assert stage("sampling.py", "--input", source, "--output", two, *flags, "--cpu_workers", 2,
-                 "--chunk_size", 5).returncode == 0
+    assert (
+        stage(
+            "sampling.py", "--input", source, "--output", two, *flags, "--cpu_workers", 2, "--chunk_size", 5
+        ).returncode
+        == 0
+    )
     assert one.read_bytes() == two.read_bytes()
     assert {s["finish_reason"] for r in records(one) for s in r["samples"]} <= {"stop", "length"}
 
@@ -233,8 +283,9 @@ def test_sampling_does_not_depend_on_workers_or_chunks(models, tmp_path):
 def test_scoring_reads_the_judge_exactly(finished, models):
     """The engine's label probabilities equal those of a plain forward pass, in both orders."""
     from data_utils import encode_prompt, encode_text, load_tokenizer
-    from train_utils import load_model
     from judges import fill_template, read_template, split_labels
+    from train_utils import load_model
+
     exp, _ = finished
     judge = str(models / "judge")
     tokenizer, model = load_tokenizer(judge), load_model(judge).eval()
@@ -248,7 +299,9 @@ def test_scoring_reads_the_judge_exactly(finished, models):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         probabilities.append(torch.softmax(logits[list(labels)], 0)[0].item())
-    assert record["win_probs"][0][1] == pytest.approx((probabilities[0] + 1 - probabilities[1]) / 2, abs=JUDGE_TOLERANCE)
+    assert record["win_probs"][0][1] == pytest.approx(
+        (probabilities[0] + 1 - probabilities[1]) / 2, abs=JUDGE_TOLERANCE
+    )
     assert record["win_probs"][0][1] + record["win_probs"][1][0] == pytest.approx(1)
     assert record["order_gap"] == pytest.approx(abs(probabilities[0] - (1 - probabilities[1])), abs=2 * JUDGE_TOLERANCE)
     assert 0 < record["label_mass"] <= 1 + 1e-6 and math.isfinite(record["label_mass"])
@@ -257,25 +310,38 @@ def test_scoring_reads_the_judge_exactly(finished, models):
 def test_scoring_refuses_a_model_that_is_no_judge(models, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     samples = [{"text": text, "token_ids": [5], "finish_reason": "stop"} for text in ("sea", "city")]
-    source.write_text("".join(json.dumps({"prompt_id": str(i), "prompt": f"Where? {i}", "prompt_token_ids": [5],
-                                          "samples": samples}) + "\n" for i in range(12)))
-    done = stage("scoring.py", "--judge", models / "policy", "--input", source, "--output", target,
-                 "--max_prompt_tokens", 4000)
+    source.write_text(
+        "".join(
+            json.dumps({"prompt_id": str(i), "prompt": f"Where? {i}", "prompt_token_ids": [5], "samples": samples})
+            + "\n"
+            for i in range(12)
+        )
+    )
+    done = stage(
+        "scoring.py", "--judge", models / "policy", "--input", source, "--output", target, "--max_prompt_tokens", 4000
+    )
     assert done.returncode == 1 and not target.exists(), done.stdout
     assert "of its probability on the two labels, so it does not answer with one of them" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("flags, code, message", [
-    (["--modle", "x"], 2, "unknown flag --modle; did you mean --model?"),
-    (["--model", "no/such/model"], 1, "model no/such/model: no such directory"),
-    (["--input", "missing.jsonl"], 1, "input file missing.jsonl does not exist"),
-    (["--input", "EMPTY"], 1, "is empty"),
-    (["--num_samples", "many"], 1, "--num_samples takes numbers (int), got 'many'"),
-    (["--gpus", "11"], 1, "--gpus names 11"),
-])
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--modle", "x"], 2, "unknown flag --modle; did you mean --model?"),
+        (["--model", "no/such/model"], 1, "model no/such/model: no such directory"),
+        (["--input", "missing.jsonl"], 1, "input file missing.jsonl does not exist"),
+        (["--input", "EMPTY"], 1, "is empty"),
+        (["--num_samples", "many"], 1, "--num_samples takes numbers (int), got 'many'"),
+        (["--gpus", "11"], 1, "--gpus names 11"),
+    ],
+)
 def test_sampling_bad_input_says_so_and_writes_nothing(models, tmp_path, flags, code, message):
     (tmp_path / "empty.jsonl").touch()
-    settings = {"--model": models / "policy", "--input": models / "prompts/test.jsonl", "--output": tmp_path / "out.jsonl"}
+    settings = {
+        "--model": models / "policy",
+        "--input": models / "prompts/test.jsonl",
+        "--output": tmp_path / "out.jsonl",
+    }
     settings |= dict([[f.replace("EMPTY", str(tmp_path / "empty.jsonl")) for f in flags]])
     done = stage("sampling.py", *[part for pair in settings.items() for part in pair])
     assert done.returncode == code and message in done.stdout and "Traceback" not in done.stdout, done.stdout

@@ -1,29 +1,33 @@
 """eval.py: win rates, their intervals, and joining responses; and the duality gap of the demo's game.
 
-    python -m pytest tests/test_eval.py
+python -m pytest tests/test_eval.py
 """
 
 import json
 import os
 from pathlib import Path
 
+import game
 import numpy as np
 import pytest
+from conftest import LengthJudge
+from game import PREFERENCE, START
 
 import eval
 import judges
-import game
-from conftest import LengthJudge
 from eval import join_responses, play, short_names, summarise
-from game import PREFERENCE, START
 from nash import duality_gap
 from utils import StageError, read_jsonl
 
 
 def comparison(prob, gap=0.0, tokens=(1, 1), texts=("a", "b")):
-    return {"prompt_id": "x", "win_probs": [[None, prob], [1 - prob, None]], "order_gap": gap,
-            "label_mass": None if gap is None else 0.9,
-            "samples": [{"text": text, "token_ids": [0] * count} for text, count in zip(texts, tokens)]}
+    return {
+        "prompt_id": "x",
+        "win_probs": [[None, prob], [1 - prob, None]],
+        "order_gap": gap,
+        "label_mass": None if gap is None else 0.9,
+        "samples": [{"text": text, "token_ids": [0] * count} for text, count in zip(texts, tokens)],
+    }
 
 
 # ---- summarise ----
@@ -45,8 +49,13 @@ def test_summarise_counts_a_tie_as_half():
 
 
 def test_summarise_means_of_lengths_and_gaps():
-    found = summarise([comparison(0.5, gap=None, tokens=(2, 10), texts=("aa", "")),
-                       comparison(0.7, gap=0.2, tokens=(4, 20), texts=("a", "bbb"))], num_bootstrap=2)
+    found = summarise(
+        [
+            comparison(0.5, gap=None, tokens=(2, 10), texts=("aa", "")),
+            comparison(0.7, gap=0.2, tokens=(4, 20), texts=("a", "bbb")),
+        ],
+        num_bootstrap=2,
+    )
     assert found["mean_tokens"] == [3, 15]
     assert found["mean_characters"] == [1.5, 1.5]
     assert found["order_gap"] == pytest.approx(0.2)  # identical responses have none
@@ -87,8 +96,10 @@ def response(prompt_id, text, prompt="x"):
 def test_join_responses_joins_on_the_id_and_not_on_the_line(jsonl):
     ours = jsonl("ours", response("a", "a1"), response("b", "b1", "y"))
     theirs = jsonl("theirs", response("b", "b2", "y"), response("a", "a2"))
-    joined = [(record["prompt_id"], record["prompt"], [sample["text"] for sample in record["samples"]])
-              for record in join_responses(ours, theirs)]
+    joined = [
+        (record["prompt_id"], record["prompt"], [sample["text"] for sample in record["samples"]])
+        for record in join_responses(ours, theirs)
+    ]
     assert joined == [("a", "x", ["a1", "a2"]), ("b", "y", ["b1", "b2"])]
 
 
@@ -101,13 +112,16 @@ def test_join_responses_names_what_is_missing(jsonl):
             list(join_responses(*paths))
 
 
-@pytest.mark.parametrize("records, message", [
-    ([response("a", "x", prompt="another")], "have different prompts under prompt_id a"),
-    ([response("a", "x"), response("a", "y")], "theirs, line 2: prompt_id 'a' occurs a second time"),
-    ([{"prompt_id": "a", "prompt": "x"}], "theirs, line 1: field 'samples' is missing"),
-    ([response("a", "x") | {"samples": []}], "a"),
-    ([], "theirs: no records"),
-])
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        ([response("a", "x", prompt="another")], "have different prompts under prompt_id a"),
+        ([response("a", "x"), response("a", "y")], "theirs, line 2: prompt_id 'a' occurs a second time"),
+        ([{"prompt_id": "a", "prompt": "x"}], "theirs, line 1: field 'samples' is missing"),
+        ([response("a", "x") | {"samples": []}], "a"),
+        ([], "theirs: no records"),
+    ],
+)
 def test_join_responses_refuses(jsonl, records, message):
     with pytest.raises(StageError, match=message):
         list(join_responses(jsonl("ours", response("a", "x")), jsonl("theirs", *records)))
@@ -140,10 +154,14 @@ def test_compare_refuses_an_output_that_its_summary_would_replace(some_model, js
 # ---- matrix ----
 
 
-@pytest.mark.parametrize("paths, names", [
-    (["exps/A/start/responses.jsonl", "exps/A/iter3/eval/responses.jsonl"], ["start", "iter3"]),
-    (["exps/A/iter3/eval/responses.jsonl", "exps/B/iter3/eval/responses.jsonl"], ["A/iter3", "B/iter3"]),
-    (["x.jsonl", "y.jsonl"], ["x", "y"])])
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["exps/A/start/responses.jsonl", "exps/A/iter3/eval/responses.jsonl"], ["start", "iter3"]),
+        (["exps/A/iter3/eval/responses.jsonl", "exps/B/iter3/eval/responses.jsonl"], ["A/iter3", "B/iter3"]),
+        (["x.jsonl", "y.jsonl"], ["x", "y"]),
+    ],
+)
 def test_short_names_tell_paths_apart(paths, names):
     assert short_names([Path(path) for path in paths]) == names
 
@@ -156,7 +174,10 @@ def test_play_by_hand():
     found = play(probs, 5, num_bootstrap=500)
     assert (found["num_prompts"], found["num_left_out"]) == (4, 1)
     assert found["win"] == [[None, 0.75, 0.375], [0.25, None, 0.75], [0.625, 0.25, None]]
-    assert found["win_interval"][1][2] == [0.75, 0.75] and found["win_interval"][0][1][0] < 0.75 < found["win_interval"][0][1][1]
+    assert (
+        found["win_interval"][1][2] == [0.75, 0.75]
+        and found["win_interval"][0][1][0] < 0.75 < found["win_interval"][0][1][1]
+    )
     assert [(worst["against"], worst["win"]) for worst in found["worst_case"]] == [(2, 0.375), (0, 0.25), (1, 0.25)]
     # Margins a = 1/4 (0 over 1), b = 1/4 (1 over 2), c = 1/8 (2 over 0): the mixture is (b, c, a)/(a + b + c).
     assert found["nash_mixture"] == pytest.approx([0.4, 0.2, 0.4])
@@ -169,8 +190,10 @@ def test_play_by_hand():
 def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
-    files = [str(jsonl(f"{name}.jsonl", *(response(p, p * length, prompt) for p, prompt in (("p", "x"), ("q", prompt)))))
-             for name, length, prompt in (("short", 1, "y"), ("middle", 2, "y"), ("long", 3, "y"))]
+    files = [
+        str(jsonl(f"{name}.jsonl", *(response(p, p * length, prompt) for p, prompt in (("p", "x"), ("q", prompt)))))
+        for name, length, prompt in (("short", 1, "y"), ("middle", 2, "y"), ("long", 3, "y"))
+    ]
     again = dict(judge=some_model, template=str(tmp_path / "t.txt"), gpus="none")
     with caplog.at_level("INFO"):
         eval.matrix(",".join(files[:2]), str(tmp_path / "m/two.json"), **again)
@@ -190,10 +213,15 @@ def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeyp
     assert json.loads((tmp_path / "m/three.json").read_text())["win"][2] == [0.5, 0.25, None]
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"names": "a"}, "--names should be 2 different"), ({"names": "a,a"}, "--names should be 2 different"),
-    ({"measure": "wins"}, "--measure should be"),
-    ({"output": "m"}, "--output should end in .json")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"names": "a"}, "--names should be 2 different"),
+        ({"names": "a,a"}, "--names should be 2 different"),
+        ({"measure": "wins"}, "--measure should be"),
+        ({"output": "m"}, "--output should end in .json"),
+    ],
+)
 def test_matrix_refuses(some_model, jsonl, flags, message):
     files = ",".join(str(jsonl(name, response("p", "p"))) for name in ("x.jsonl", "y.jsonl"))
     with pytest.raises(StageError, match=message):
@@ -209,12 +237,18 @@ def test_preference_of_the_game_is_zero_sum():
             assert PREFERENCE[i][j] + PREFERENCE[j][i] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("policy, gap", [
-    ((4 / 11, 3 / 11, 4 / 11), 0),  # against it each answer wins 1/2, e.g. the sea: (0.9 * 4 + 0.5 * 3 + 0.1 * 4)/11
-    ((1, 0, 0), 0.8),  # the best reply is the sea, which wins 0.9: 2 * 0.4
-    ((0, 0, 1), 0.6),  # the mountains, 0.8: 2 * 0.3
-    (START, 0.56),  # the sea: 0.9 * 0.8 + 0.5 * 0.1 + 0.1 * 0.1 = 0.78: 2 * 0.28
-])
+@pytest.mark.parametrize(
+    "policy, gap",
+    [
+        (
+            (4 / 11, 3 / 11, 4 / 11),
+            0,
+        ),  # against it each answer wins 1/2, e.g. the sea: (0.9 * 4 + 0.5 * 3 + 0.1 * 4)/11
+        ((1, 0, 0), 0.8),  # the best reply is the sea, which wins 0.9: 2 * 0.4
+        ((0, 0, 1), 0.6),  # the mountains, 0.8: 2 * 0.3
+        (START, 0.56),  # the sea: 0.9 * 0.8 + 0.5 * 0.1 + 0.1 * 0.1 = 0.78: 2 * 0.28
+    ],
+)
 def test_duality_gap_values(policy, gap):
     assert duality_gap(policy, PREFERENCE) == pytest.approx(gap, abs=1e-12)
 

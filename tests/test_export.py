@@ -1,6 +1,6 @@
 """Exports: AlpacaEval's outputs, data sets, checkpoints with a card.
 
-    python -m pytest tests/test_export.py
+python -m pytest tests/test_export.py
 """
 
 import json
@@ -10,21 +10,35 @@ import pytest
 from eval import export
 from utils import StageError
 
-PAIR = {"prompt_id": "1", "prompt": [{"role": "user", "content": "x\u2028"}],
-        "chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}],
-        "prompt_token_ids": [1, 2], "chosen_token_ids": [3], "rejected_token_ids": [4, 5], "win_prob": 0.75}
+PAIR = {
+    "prompt_id": "1",
+    "prompt": [{"role": "user", "content": "x\u2028"}],
+    "chosen": [{"role": "assistant", "content": "a"}],
+    "rejected": [{"role": "assistant", "content": "b"}],
+    "prompt_token_ids": [1, 2],
+    "chosen_token_ids": [3],
+    "rejected_token_ids": [4, 5],
+    "win_prob": 0.75,
+}
 
 
 def test_alpaca_eval_outputs(jsonl, tmp_path):
-    source = jsonl("responses.jsonl", {"prompt_id": "1", "prompt": "é\u2028?", "samples": [{"text": "yes", "token_ids": [1]}]})
+    source = jsonl(
+        "responses.jsonl", {"prompt_id": "1", "prompt": "é\u2028?", "samples": [{"text": "yes", "token_ids": [1]}]}
+    )
     export("alpaca_eval", str(source), str(tmp_path / "outputs.json"), "mine")
     assert json.loads((tmp_path / "outputs.json").read_text()) == [
-        {"instruction": "é\u2028?", "output": "yes", "generator": "mine"}]
+        {"instruction": "é\u2028?", "output": "yes", "generator": "mine"}
+    ]
 
 
 def test_hf_loads_as_a_data_set_with_all_columns(jsonl, tmp_path):
     from datasets import load_dataset
-    files = [jsonl("train.pairs.jsonl", PAIR, PAIR | {"prompt_id": "2", "win_prob": 1.0}), jsonl("test.pairs.jsonl", PAIR)]
+
+    files = [
+        jsonl("train.pairs.jsonl", PAIR, PAIR | {"prompt_id": "2", "win_prob": 1.0}),
+        jsonl("test.pairs.jsonl", PAIR),
+    ]
     export("hf", ",".join(map(str, files)), str(tmp_path / "out"))
     loaded = load_dataset(str(tmp_path / "out"))
     assert {split: rows.num_rows for split, rows in loaded.items()} == {"train": 2, "test": 1}
@@ -35,19 +49,31 @@ def test_hf_loads_as_a_data_set_with_all_columns(jsonl, tmp_path):
 def checkpoint(some_model, tmp_path):
     """A finished iteration's checkpoint, with the files that a card is made from."""
     import shutil
+
     iteration = tmp_path / "exps/run/iter3"
     shutil.copytree(some_model, iteration / "ckpt/model")
     (iteration / "eval").mkdir()
     (iteration / "ckpt/training.json").write_text(json.dumps({"loss": "inpo", "eta": 0.002, "tokenizer": ""}))
-    (iteration.parent / "run.json").write_text(json.dumps({"METHOD": "comal", "MODEL": "owner/base", "JUDGE": "owner/judge"}))
-    (iteration / "eval/vs_start.json").write_text(json.dumps({
-        "win_rate": 0.625, "win_rate_interval": [0.59, 0.66], "mean_win_prob": 0.6, "num_prompts": 805,
-        "mean_tokens": [300.4, 250.0]}))
+    (iteration.parent / "run.json").write_text(
+        json.dumps({"METHOD": "comal", "MODEL": "owner/base", "JUDGE": "owner/judge"})
+    )
+    (iteration / "eval/vs_start.json").write_text(
+        json.dumps(
+            {
+                "win_rate": 0.625,
+                "win_rate_interval": [0.59, 0.66],
+                "mean_win_prob": 0.6,
+                "num_prompts": 805,
+                "mean_tokens": [300.4, 250.0],
+            }
+        )
+    )
     return iteration / "ckpt"
 
 
 def test_hub_writes_the_model_and_a_card_that_the_hub_can_read(checkpoint, some_model, tmp_path):
     from huggingface_hub import ModelCard
+
     export("hub", str(checkpoint), str(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     card = ModelCard.load(tmp_path / "out/README.md")
@@ -59,15 +85,22 @@ def test_hub_writes_the_model_and_a_card_that_the_hub_can_read(checkpoint, some_
 
 def test_hub_of_a_checkpoint_alone_has_a_card_without_results(some_model, tmp_path):
     export("hub", some_model, str(tmp_path / "out"), "mine")
-    assert "# mine" in (tmp_path / "out/README.md").read_text() and "win rate" not in (tmp_path / "out/README.md").read_text()
+    assert (
+        "# mine" in (tmp_path / "out/README.md").read_text()
+        and "win rate" not in (tmp_path / "out/README.md").read_text()
+    )
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"format": "csv"}, "--format should be one of alpaca_eval, hf, hub"),
-    ({"format": "alpaca_eval", "input": "a,b"}, "takes one --input, got 2"),
-    ({"format": "alpaca_eval", "input": "none.jsonl"}, "none.jsonl does not exist"),
-    ({"format": "hub", "input": "no/such/model"}, "no such directory"),
-    ({"format": "hf", "output": "."}, "exists; remove it or give another name")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"format": "csv"}, "--format should be one of alpaca_eval, hf, hub"),
+        ({"format": "alpaca_eval", "input": "a,b"}, "takes one --input, got 2"),
+        ({"format": "alpaca_eval", "input": "none.jsonl"}, "none.jsonl does not exist"),
+        ({"format": "hub", "input": "no/such/model"}, "no such directory"),
+        ({"format": "hf", "output": "."}, "exists; remove it or give another name"),
+    ],
+)
 def test_export_refuses(tmp_path, flags, message):
     with pytest.raises(StageError, match=message):
         export(**{"input": "x", "output": str(tmp_path / "out")} | flags)

@@ -1,16 +1,15 @@
 """The short form of tests/faults.sh: a loop of one iteration, killed at random moments, against one left alone.
 
-    python -m pytest tests/test_faults.py
+python -m pytest tests/test_faults.py
 """
 
 import random
 import shutil
 import uuid
 
+import faults
 import pytest
 import torch
-
-import faults
 
 
 @pytest.fixture
@@ -23,11 +22,17 @@ def folder():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs vLLM's arithmetic depends on the batch")
 def test_comal_killed_at_random_moments_gives_the_same_files(folder, demo_models):
-    settings = {"DEMO_MODELS": str(demo_models), "ROUNDS": "1", "SPLITS": "1", "SAVE_STEPS": "2",
-                "MAX_JUDGE_TOKENS": "1000"}
+    settings = {
+        "DEMO_MODELS": str(demo_models),
+        "ROUNDS": "1",
+        "SPLITS": "1",
+        "SAVE_STEPS": "2",
+        "MAX_JUDGE_TOKENS": "1000",
+    }
     with open(folder / "log", "ab") as log:
         assert faults.start(log, folder.name, NAME=f"{folder.name}/plain", **settings).wait(600) == 0
-    kills = list(faults.disturb(folder / "log", folder.name, 5, random.Random(0), 12, NAME=f"{folder.name}/killed",
-                                **settings))
+    kills = list(
+        faults.disturb(folder / "log", folder.name, 5, random.Random(0), 12, NAME=f"{folder.name}/killed", **settings)
+    )
     assert len(kills) >= 3 and [kill["left"] for kill in kills] == [[]] * len(kills)
     assert faults.differing(folder / "plain", folder / "killed") == []

@@ -1,6 +1,6 @@
 """Two processes on the CPU (gloo): DDP, and real FSDP 2 through fsdp_on_cpu.py, against one process.
 
-    python -m pytest tests/test_fsdp.py        (-s shows the differences that were measured)
+python -m pytest tests/test_fsdp.py        (-s shows the differences that were measured)
 """
 
 import json
@@ -9,16 +9,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_fixtures import (
+    LOGP_FIELDS,
+    column,
+    launch_two,
+    load,
+    read,
+    relative_difference,
+    save_model,
+    words,
+    write,
+)
 
 import inpo
 import mle
-from training_fixtures import (LOGP_FIELDS, column, launch_two, load, read, relative_difference, save_model,  # noqa: F401
-                               setting_fixture, single_process_fixture, words, write)
 
 # Eleven pairs in batches of six and five, micro-batches of two or three: the second process has none in the second round, and the
 # last one is shorter.
-INPO = dict(eta=0.02, tau_eta_ratio=0.25, global_batch_size=6, micro_batch_tokens=150, num_epochs=2, learning_rate=3e-5,
-            max_grad_norm=1.0)
+INPO = dict(
+    eta=0.02,
+    tau_eta_ratio=0.25,
+    global_batch_size=6,
+    micro_batch_tokens=150,
+    num_epochs=2,
+    learning_rate=3e-5,
+    max_grad_norm=1.0,
+)
 FLOAT32 = 5e-6  # relative, of losses; measured: 4e-7
 
 
@@ -53,8 +69,11 @@ def differences(output, expected):
 def check_against_one_process(name, output, expected, capsys):
     loss, grad_norm, validation_loss, weights = differences(output, expected)
     with capsys.disabled():
-        print(f" [{name} against one process: losses {loss:.1e}, gradient norms {grad_norm:.1e}, validation losses "
-              f"{validation_loss:.1e}, weights {weights:.1e}] ", end="")
+        print(
+            f" [{name} against one process: losses {loss:.1e}, gradient norms {grad_norm:.1e}, validation losses "
+            f"{validation_loss:.1e}, weights {weights:.1e}] ",
+            end="",
+        )
     assert max(loss, validation_loss) < FLOAT32
     assert grad_norm < 1e-5  # measured: 3e-6 under FSDP 2, 2e-7 under DDP
     assert weights < 1e-6  # measured: 7e-8, where the four updates moved them by up to 9e-5
@@ -62,7 +81,10 @@ def check_against_one_process(name, output, expected, capsys):
 
 def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, capsys):
     done = launch_two("inpo.py", *words(**flags(setting, output=outputs / "ddp")))
-    assert "global batch 6, dealt to 2 processes, 150 tokens a forward pass; 11 examples, 4 updates; MULTI_CPU, float32" in done.stdout
+    assert (
+        "global batch 6, dealt to 2 processes, 150 tokens a forward pass; 11 examples, 4 updates; MULTI_CPU, float32"
+        in done.stdout
+    )
     check_against_one_process("DDP", outputs / "ddp", one_process, capsys)
 
 
@@ -94,7 +116,9 @@ def fsdp(setting, outputs):
     """All runs under FSDP 2, in one launch: for each its `output` and `report` (see fsdp_on_cpu.py), and all that was
     `printed`."""
     untied_model = save_model(outputs / "untied-model", setting.config, seed=3, tie_word_embeddings=False)
-    chats = write(outputs / "chats.jsonl", [{"messages": record["prompt"] + record["chosen"]} for record in setting.records])
+    chats = write(
+        outputs / "chats.jsonl", [{"messages": record["prompt"] + record["chosen"]} for record in setting.records]
+    )
     logprobs = dict(model=setting.policy, reference=setting.reference, input=setting.pairs)
     bf16_data = outputs / "logprobs_bf16"
     last = setting.records[-1] | {"last_chosen_logp": setting.records[-1]["last_chosen_logp"] + 1}
@@ -105,15 +129,22 @@ def fsdp(setting, outputs):
     def job(name, script, flags, efficient=True, precision="no"):
         run = SimpleNamespace(output=outputs / name, report=outputs / f"{name}.json")
         setattr(runs, name, run)
-        jobs.append({
-            "script": script, "argv": words(**flags | {"output": run.output}), "report": run.report,
-            "env": {"FSDP_CPU_RAM_EFFICIENT_LOADING": efficient, "ACCELERATE_MIXED_PRECISION": precision}})
+        jobs.append(
+            {
+                "script": script,
+                "argv": words(**flags | {"output": run.output}),
+                "report": run.report,
+                "env": {"FSDP_CPU_RAM_EFFICIENT_LOADING": efficient, "ACCELERATE_MIXED_PRECISION": precision},
+            }
+        )
 
     job("float32", "inpo.py", flags(setting), efficient=False)
     job("efficient", "inpo.py", flags(setting, gradient_checkpointing=True))
     job("logprobs", "get_logprobs.py", logprobs)
     job("logprobs_bf16", "get_logprobs.py", logprobs, precision="bf16")
-    job("bf16", "inpo.py", flags(setting, input=bf16_data, validation=bf16_data, micro_batch_tokens=0), precision="bf16")
+    job(
+        "bf16", "inpo.py", flags(setting, input=bf16_data, validation=bf16_data, micro_batch_tokens=0), precision="bf16"
+    )
     stopped = outputs / "stopped.py"
     stopped.write_text(STOPPED)
     for select in ("best", "last"):
@@ -121,8 +152,14 @@ def fsdp(setting, outputs):
             job(name, script, flags(setting, select=select, save_steps=save_steps))
         job(f"resumed_{select}", "inpo.py", flags(setting, select=select, save_steps=1))
         jobs[-1]["argv"][-1] = outputs / f"stopped_{select}"
-    job("untied", "mle.py", dict(model=untied_model, input=chats, global_batch_size=8, num_epochs=1, learning_rate=3e-5))
-    job("random", "mle.py", dict(model=setting.config, from_config=True, input=chats, global_batch_size=11, num_epochs=1))
+    job(
+        "untied", "mle.py", dict(model=untied_model, input=chats, global_batch_size=8, num_epochs=1, learning_rate=3e-5)
+    )
+    job(
+        "random",
+        "mle.py",
+        dict(model=setting.config, from_config=True, input=chats, global_batch_size=11, num_epochs=1),
+    )
     job("refused", "inpo.py", flags(setting, input=one_off, global_batch_size=11))
     (outputs / "jobs.json").write_text(json.dumps(jobs, default=str))
     runs.printed = launch_two("tests/fsdp_on_cpu.py", outputs / "jobs.json").stdout
@@ -137,7 +174,11 @@ def test_fsdp_shards_every_parameter_and_gathers_layer_by_layer(fsdp):
     for run in (fsdp.float32, fsdp.efficient, fsdp.logprobs, fsdp.untied):
         assert {"", "model.layers.0", "model.layers.1"} <= set(run.report["units"])
         shards = run.report["shards"]
-        assert {"model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"} <= shards.keys()
+        assert {
+            "model.embed_tokens.weight",
+            "model.layers.1.mlp.down_proj.weight",
+            "model.norm.weight",
+        } <= shards.keys()
         for name, shapes in shards.items():
             assert shapes, f"{name} is no DTensor"
             (rows, *rest), local = shapes
@@ -165,15 +206,35 @@ def test_fsdp_gathers_a_checkpoint_that_transformers_loads(fsdp, setting):
         model = load(output / "model")
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
-        assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
+        assert {path.name for path in output.iterdir()} == {
+            "model",
+            "DONE",
+            "metrics.jsonl",
+            "training.json",
+            "tensorboard",
+        }
 
 
 def test_fsdp_trains_models_with_a_head_of_their_own_and_from_random_weights(fsdp, setting, single_process, tmp_path):
-    single_process(mle.main, model=fsdp.untied_model, input=fsdp.chats, output=str(tmp_path / "untied"), global_batch_size=8,
-                   num_epochs=1, learning_rate=3e-5)
+    single_process(
+        mle.main,
+        model=fsdp.untied_model,
+        input=fsdp.chats,
+        output=str(tmp_path / "untied"),
+        global_batch_size=8,
+        num_epochs=1,
+        learning_rate=3e-5,
+    )
     assert relative_difference(column(fsdp.untied.output, "loss"), column(tmp_path / "untied", "loss")) < FLOAT32
-    single_process(mle.main, model=setting.config, from_config=True, input=fsdp.chats, output=str(tmp_path / "random"),
-                   global_batch_size=11, num_epochs=1)
+    single_process(
+        mle.main,
+        model=setting.config,
+        from_config=True,
+        input=fsdp.chats,
+        output=str(tmp_path / "random"),
+        global_batch_size=11,
+        num_epochs=1,
+    )
     assert relative_difference(column(fsdp.random.output, "loss"), column(tmp_path / "random", "loss")) < FLOAT32
 
 
@@ -186,19 +247,29 @@ def test_fsdp_get_logprobs_equals_the_plain_computation_in_order(fsdp, setting):
 
 def test_fsdp_bfloat16_reduces_and_returns_float32(fsdp, setting, capsys):
     for run in (fsdp.bf16, fsdp.logprobs_bf16):
-        assert run.report["policies"] == ["MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, "
-                                          "output_dtype=torch.float32, cast_forward_inputs=True)"]
+        assert run.report["policies"] == [
+            "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, "
+            "output_dtype=torch.float32, cast_forward_inputs=True)"
+        ]
         assert run.report["logps_dtypes"] == ["torch.float32"]
     assert "bfloat16" not in "".join(fsdp.float32.report["policies"])
-    rounding = max(abs(record[name] - expected[name]) for name in LOGP_FIELDS
-                   for record, expected in zip(read(fsdp.logprobs_bf16.output), setting.records, strict=True))
+    rounding = max(
+        abs(record[name] - expected[name])
+        for name in LOGP_FIELDS
+        for record, expected in zip(read(fsdp.logprobs_bf16.output), setting.records, strict=True)
+    )
     distance = abs(column(fsdp.bf16.output, "normalised_loss")[0] - 1)
     with capsys.disabled():
-        print(f" [FSDP 2 in bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats, normalised loss from 1 "
-              f"by {distance:.1e}] ", end="")
+        print(
+            f" [FSDP 2 in bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats, normalised loss from 1 "
+            f"by {distance:.1e}] ",
+            end="",
+        )
     assert 1e-3 < rounding < 0.5  # measured: 0.15
     assert distance < 1e-6  # get_logprobs.py took the same path: measured 0
-    assert {tensor.dtype for tensor in load_file(fsdp.bf16.output / "model/model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(fsdp.bf16.output / "model/model.safetensors").values()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("select", ["best", "last"])
@@ -206,12 +277,20 @@ def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(fsdp, outputs, select):
     whole, stopped, resumed = (getattr(fsdp, f"{name}_{select}") for name in ("whole", "stopped", "resumed"))
     assert stopped.report["exit_codes"] == [1, 1] and resumed.report["exit_codes"] == [0, 0]
     assert fsdp.printed.count("resuming after step 3 of 4") == 2
-    assert fsdp.printed.count("4 shards") == 4  # of weights and of optimiser, one a process; seen by two processes, twice
+    assert (
+        fsdp.printed.count("4 shards") == 4
+    )  # of weights and of optimiser, one a process; seen by two processes, twice
     for name in ("step", "loss", "grad_norm", "kl_last", "validation_loss"):
         assert column(stopped.output, name) == column(whole.output, name), name
     first, second = ((run.output / "model/model.safetensors").read_bytes() for run in (stopped, whole))
     assert first == second
-    assert {path.name for path in stopped.output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
+    assert {path.name for path in stopped.output.iterdir()} == {
+        "model",
+        "DONE",
+        "metrics.jsonl",
+        "training.json",
+        "tensorboard",
+    }
 
 
 def test_fsdp_refuses_in_all_processes_what_one_of_them_has_seen(fsdp):

@@ -38,8 +38,12 @@ def with_dominated(game):
 PAPER = np.array([[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]])
 CONDORCET = np.array([[0.5, 0.6, 0.7], [0.4, 0.5, 0.9], [0.3, 0.1, 0.5]])  # the first beats each of the others
 GAMES = {"paper": PAPER, "dominated": with_dominated(PAPER), "condorcet": CONDORCET, "random": random_game(5, 4)}
-START = {"paper": [0.8, 0.1, 0.1], "dominated": [0.1, 0.1, 0.1, 0.7], "condorcet": [0.05, 0.05, 0.9],
-         "random": [0.6, 0.1, 0.1, 0.1, 0.1]}
+START = {
+    "paper": [0.8, 0.1, 0.1],
+    "dominated": [0.1, 0.1, 0.1, 0.7],
+    "condorcet": [0.05, 0.05, 0.9],
+    "random": [0.6, 0.1, 0.1, 0.1, 0.1],
+}
 
 
 def expected_loss(loss, policy, last, game, anchors, soft=True):
@@ -66,8 +70,12 @@ def minimise(objective, start, steps=50):
         gradient = torch.autograd.functional.jacobian(lambda x: objective(x.log_softmax(0)), theta)
         hessian = torch.autograd.functional.hessian(lambda x: objective(x.log_softmax(0)), theta)
         scale = hessian.diagonal().clamp_min(1e-300).rsqrt()
-        step = scale * torch.linalg.lstsq(scale[:, None] * hessian * scale, (scale * gradient)[:, None],
-                                          driver="gelsd").solution[:, 0]
+        step = (
+            scale
+            * torch.linalg.lstsq(
+                scale[:, None] * hessian * scale, (scale * gradient)[:, None], driver="gelsd"
+            ).solution[:, 0]
+        )
         theta = theta - step
         if step.abs().max() < 1e-13 * max(1, theta.abs().max()):
             break
@@ -81,15 +89,24 @@ def play(method, name, iterations):
     gaps = [duality_gap(last.exp(), game)]
     for iteration in range(iterations):
         if method in ("comal", "inpo"):
-            policy = minimise(lambda logps: expected_loss(
-                lambda *args, win_prob: inpo_loss(*args, ETA, R, win_prob), logps, last, game,
-                (reference, last)), last)
+            policy = minimise(
+                lambda logps: expected_loss(
+                    lambda *args, win_prob: inpo_loss(*args, ETA, R, win_prob), logps, last, game, (reference, last)
+                ),
+                last,
+            )
         elif method == "iter-ipo":
-            policy = minimise(lambda logps: expected_loss(
-                lambda *args, win_prob: ipo_loss(*args, ETA, win_prob), logps, last, game, (last,)), last)
+            policy = minimise(
+                lambda logps: expected_loss(
+                    lambda *args, win_prob: ipo_loss(*args, ETA, win_prob), logps, last, game, (last,)
+                ),
+                last,
+            )
         else:
-            policy = minimise(lambda logps: expected_loss(
-                lambda *args: dpo_loss(*args, 1.0), logps, last, game, (last,), soft=False), last)
+            policy = minimise(
+                lambda logps: expected_loss(lambda *args: dpo_loss(*args, 1.0), logps, last, game, (last,), soft=False),
+                last,
+            )
         last = policy
         gaps.append(duality_gap(last.exp(), game))
         if method == "comal" and (iteration + 1) % MOVES == 0:
@@ -101,19 +118,24 @@ def play(method, name, iterations):
 def test_comal_reaches_the_nash_policy(name, capsys):
     gaps, last = play("comal", name, 300)
     with capsys.disabled():
-        print(f" [{name}: gap {gaps[0]:.2f} at the start, {gaps[12]:.1e} after 12, {gaps[48]:.1e} after 48, "
-              f"{gaps[-1]:.1e} after 300] ", end="")
+        print(
+            f" [{name}: gap {gaps[0]:.2f} at the start, {gaps[12]:.1e} after 12, {gaps[48]:.1e} after 48, "
+            f"{gaps[-1]:.1e} after 300] ",
+            end="",
+        )
     assert gaps[-1] < 1e-10
     assert last.exp().numpy() == pytest.approx(nash_mixture(GAMES[name]), abs=1e-6)
 
 
 def regularised_nash(game, reference, tau):
     """The solution of `pi = softmax(log pi_ref + P(. > pi)/tau)`, the game with tau KL(pi || pi_ref), by a root finder."""
+
     def residual(theta):
         policy = np.exp(theta - theta.max())
         policy /= policy.sum()
         target = reference + game @ policy / tau
         return theta - (target - target.mean())
+
     start = reference - reference.mean()
     found = root(residual, start, tol=1e-13)
     assert found.success
@@ -133,7 +155,10 @@ def test_inpo_with_a_fixed_reference_stops_at_the_regularised_nash_policy(name):
 def test_iterated_baselines_circle(method, capsys):
     gaps, _ = play(method, "paper", 120)
     with capsys.disabled():
-        print(f" [{method}: smallest gap {min(gaps):.2f}, last ten {min(gaps[-10:]):.2f} to {max(gaps[-10:]):.2f}] ", end="")
+        print(
+            f" [{method}: smallest gap {min(gaps):.2f}, last ten {min(gaps[-10:]):.2f} to {max(gaps[-10:]):.2f}] ",
+            end="",
+        )
     assert min(gaps) > 0.2
 
 
@@ -143,8 +168,9 @@ def test_soft_labels_give_the_gradient_of_hard_labels_on_average():
 
     def gradient(soft):
         def objective(logps):
-            loss = (lambda *args, win_prob=None: ipo_loss(*args, ETA, win_prob))
+            loss = lambda *args, win_prob=None: ipo_loss(*args, ETA, win_prob)
             return expected_loss(loss, logps, last, game, (last,), soft)
+
         return torch.autograd.functional.jacobian(lambda x: objective(x.log_softmax(0)), policy)
 
     assert torch.allclose(gradient(soft=True), gradient(soft=False), atol=1e-12)
@@ -180,22 +206,48 @@ def rule_limit(rule, soft, game, rounds=150):
     last = reference = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64).log()
     for iteration in range(12 * rounds):
         weight = last[sequences].sum(1).exp() * share
-        last = minimise(lambda logps: (weight * inpo_loss(
-            logps[chosen], logps[rejected], reference[chosen], reference[rejected], last[chosen], last[rejected], 1.0, R,
-            win_prob)).sum(), last, steps=1)
+        last = minimise(
+            lambda logps: (
+                weight
+                * inpo_loss(
+                    logps[chosen],
+                    logps[rejected],
+                    reference[chosen],
+                    reference[rejected],
+                    last[chosen],
+                    last[rejected],
+                    1.0,
+                    R,
+                    win_prob,
+                )
+            ).sum(),
+            last,
+            steps=1,
+        )
         if (iteration + 1) % 12 == 0:
             reference = last
     return last.exp().numpy()
 
 
-@pytest.mark.parametrize("rule, soft, paper_gap, sharp_gap", [
-    ("random", True, 0, 0), ("random", False, 0.067, 0.234), ("best_worst", False, 0.067, 0.052),
-    ("top_two", False, 0.067, 0.134), ("top_two", True, 0.062, 0.540), ("best_worst", True, 0.006, 0.056)])
+@pytest.mark.parametrize(
+    "rule, soft, paper_gap, sharp_gap",
+    [
+        ("random", True, 0, 0),
+        ("random", False, 0.067, 0.234),
+        ("best_worst", False, 0.067, 0.052),
+        ("top_two", False, 0.067, 0.134),
+        ("top_two", True, 0.062, 0.540),
+        ("best_worst", True, 0.006, 0.056),
+    ],
+)
 def test_pair_rules_and_the_gap_that_they_end_at(rule, soft, paper_gap, sharp_gap, capsys):
     """The table in the README: only random pairs with soft labels keep the Nash policy."""
     limits = [rule_limit(rule, soft, game) for game in (PAPER, SHARP)]
     gaps = [duality_gap(limit, game) for limit, game in zip(limits, (PAPER, SHARP))]
     with capsys.disabled():
-        print(f" [{rule}, {'soft' if soft else 'hard'}: {limits[0].round(3)} gap {gaps[0]:.3f}, {limits[1].round(3)} gap "
-              f"{gaps[1]:.3f}] ", end="")
+        print(
+            f" [{rule}, {'soft' if soft else 'hard'}: {limits[0].round(3)} gap {gaps[0]:.3f}, {limits[1].round(3)} gap "
+            f"{gaps[1]:.3f}] ",
+            end="",
+        )
     assert gaps == pytest.approx([paper_gap, sharp_gap], abs=0.002)

@@ -1,6 +1,6 @@
 """intransitivity.py on matrices whose answer is known by hand, and the command.
 
-    python -m pytest tests/test_intransitivity.py
+python -m pytest tests/test_intransitivity.py
 """
 
 import itertools
@@ -28,9 +28,14 @@ def random_tournament(size, seed):
 
 def record(probs, prompt_id="p", order_gap=0.0, texts=None):
     size = len(probs)
-    return {"prompt_id": prompt_id, "prompt": "?", "prompt_token_ids": [1], "order_gap": order_gap,
-            "samples": [{"text": text, "token_ids": [1]} for text in texts or map(str, range(size))],
-            "win_probs": [[None if i == j else float(probs[i][j]) for j in range(size)] for i in range(size)]}
+    return {
+        "prompt_id": prompt_id,
+        "prompt": "?",
+        "prompt_token_ids": [1],
+        "order_gap": order_gap,
+        "samples": [{"text": text, "token_ids": [1]} for text in texts or map(str, range(size))],
+        "win_probs": [[None if i == j else float(probs[i][j]) for j in range(size)] for i in range(size)],
+    }
 
 
 def test_bradley_terry_has_no_cycle_and_no_cyclic_part():
@@ -60,8 +65,10 @@ def test_a_cycle_beside_a_loser_of_all():
 
 def test_strengths_by_brute_force():
     probs = random_tournament(6, 0)
-    expected = [max(min(probs[a, b], probs[b, c], probs[c, a]) for a, b, c in itertools.permutations(triple))
-                for triple in itertools.combinations(range(6), 3)]
+    expected = [
+        max(min(probs[a, b], probs[b, c], probs[c, a]) for a, b, c in itertools.permutations(triple))
+        for triple in itertools.combinations(range(6), 3)
+    ]
     assert cycle_strengths(probs) == pytest.approx(expected)
 
 

@@ -1,6 +1,6 @@
 """Reward models, a real server, and panels: the judges of judges.py beside the generative one, on real parts.
 
-    python -m pytest tests/test_judge_types.py
+python -m pytest tests/test_judge_types.py
 """
 
 import contextlib
@@ -19,8 +19,8 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-
 from conftest import ROOT
+
 from judges import JudgeConfig, ServerJudge, duration, parse_answer, read_answer
 from utils import StageError, read_jsonl
 
@@ -29,23 +29,40 @@ LABELS = ["Output (a)", "Output (b)"]
 
 # ---------------------------------------------------------------------------------------------- answers as text
 
-@pytest.mark.parametrize("tokens, expected", [
-    # the position after "Output (" decides, whatever the tokens are
-    ([("Output", [("Output", -0.1)]), (" (", [(" (", 0)]), ("a", [("a", math.log(0.6)), ("b", math.log(0.2)), ("c", -3)])],
-     (0.75, 0.8)),
-    ([("Output (b", [("Output (b", math.log(0.9)), ("Output (a)", math.log(0.1)), ("Out", -9)])], (0.1, 1.0)),
-    # an answer with white space before it; a label that is not among the candidates
-    ([("\n", [("\n", 0)]), ("Output (", [("Output (", 0)]), ("b)", [("b)", math.log(0.5))])], (0.0, 0.5)),
-    ([("I", [("I", -0.1), ("Output", -5)]), (" think", [(" think", -0.1)])], None),  # left both labels before they part
-    ([("Output", [("Output", 0)]), (" (", [(" (", 0)]), ("c", [("c", -0.1), ("b", math.log(0.01))])], (0.0, 0.01)),
-    ([("Output", [("Output", 0)])], None), ([], None)])
+
+@pytest.mark.parametrize(
+    "tokens, expected",
+    [
+        # the position after "Output (" decides, whatever the tokens are
+        (
+            [
+                ("Output", [("Output", -0.1)]),
+                (" (", [(" (", 0)]),
+                ("a", [("a", math.log(0.6)), ("b", math.log(0.2)), ("c", -3)]),
+            ],
+            (0.75, 0.8),
+        ),
+        ([("Output (b", [("Output (b", math.log(0.9)), ("Output (a)", math.log(0.1)), ("Out", -9)])], (0.1, 1.0)),
+        # an answer with white space before it; a label that is not among the candidates
+        ([("\n", [("\n", 0)]), ("Output (", [("Output (", 0)]), ("b)", [("b)", math.log(0.5))])], (0.0, 0.5)),
+        (
+            [("I", [("I", -0.1), ("Output", -5)]), (" think", [(" think", -0.1)])],
+            None,
+        ),  # left both labels before they part
+        ([("Output", [("Output", 0)]), (" (", [(" (", 0)]), ("c", [("c", -0.1), ("b", math.log(0.01))])], (0.0, 0.01)),
+        ([("Output", [("Output", 0)])], None),
+        ([], None),
+    ],
+)
 def test_read_answer_where_the_labels_part(tokens, expected):
     found = read_answer(tokens, LABELS)
     assert found == expected if expected is None else found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("answer, expected", [("Output (a)", (1, 1)), (" Output (b). Because", (0, 1)), ("Output", None),
-                                              ("(a)", None), ("", None)])
+@pytest.mark.parametrize(
+    "answer, expected",
+    [("Output (a)", (1, 1)), (" Output (b). Because", (0, 1)), ("Output", None), ("(a)", None), ("", None)],
+)
 def test_parse_answer(answer, expected):
     assert parse_answer(answer, LABELS) == expected
 
@@ -57,22 +74,37 @@ def test_duration(text, seconds):
 
 # ---------------------------------------------------------------------------------------------- settings
 
-@pytest.mark.parametrize("settings, message", [
-    ({"judge_type": "bt-mixture", "reward_temperature": "0"}, "--reward_temperature should be a number greater than 0, got 0"),
-    ({"judge": "a,b", "judge_type": "bt-mixture,openai,bt-mixture"}, "--judge_type has 3 values for 2 judges"),
-    ({"judge": "a,b", "judge_weights": "1"}, "as many as judges (2), got 1"),
-    ({"judge": "a,b", "judge_weights": "1,-1"}, "as many as judges (2), got 1,-1"),
-    ({"judge_type": "openai", "api_price": "1"}, "--api_price should be two prices"),
-    ({"judge_type": "openai", "api_concurrency": 0}, "--api_concurrency should be at least 1"),
-    ({"engine": "slurm"}, "--engine should be local or ray, got slurm")])
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"judge_type": "bt-mixture", "reward_temperature": "0"},
+            "--reward_temperature should be a number greater than 0, got 0",
+        ),
+        ({"judge": "a,b", "judge_type": "bt-mixture,openai,bt-mixture"}, "--judge_type has 3 values for 2 judges"),
+        ({"judge": "a,b", "judge_weights": "1"}, "as many as judges (2), got 1"),
+        ({"judge": "a,b", "judge_weights": "1,-1"}, "as many as judges (2), got 1,-1"),
+        ({"judge_type": "openai", "api_price": "1"}, "--api_price should be two prices"),
+        ({"judge_type": "openai", "api_concurrency": 0}, "--api_concurrency should be at least 1"),
+        ({"engine": "slurm"}, "--engine should be local or ray, got slurm"),
+    ],
+)
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(StageError, match=re.escape(message)):
         JudgeConfig(**{"judge": "J", "template": str(ROOT / "prompts/offsetbias.txt")} | settings)
 
 
 def test_members_share_what_is_given_once():
-    config = JudgeConfig(judge="a,b", judge_type="bt-mixture,openai", judge_weights="1,3", labels="x,y;u,v", gpus="none", api_base="http://h/v1",
-                         template=str(ROOT / "prompts/offsetbias.txt"))
+    config = JudgeConfig(
+        judge="a,b",
+        judge_type="bt-mixture,openai",
+        judge_weights="1,3",
+        labels="x,y;u,v",
+        gpus="none",
+        api_base="http://h/v1",
+        template=str(ROOT / "prompts/offsetbias.txt"),
+    )
     first, second = config.members()
     assert (first.judge, first.judge_type, first.labels) == ("a", "bt-mixture", "x,y")
     assert (second.judge, second.judge_type, second.labels, second.chunk_size) == ("b", "openai", "u,v", 8)
@@ -81,12 +113,23 @@ def test_members_share_what_is_given_once():
 
 # ---------------------------------------------------------------------------------------------- reward models
 
+
 def samples(count):
     """Records with three answers each, two of them the same in the last one."""
     from game import ANSWERS
-    return [{"prompt_id": str(i), "prompt": f"Where to go on day {i}?", "prompt_token_ids": [1], "samples":
-             [{"text": text, "token_ids": [3], "finish_reason": "stop"} for text in
-              (ANSWERS if i < count - 1 else (ANSWERS[0], ANSWERS[1], ANSWERS[0]))]} for i in range(count)]
+
+    return [
+        {
+            "prompt_id": str(i),
+            "prompt": f"Where to go on day {i}?",
+            "prompt_token_ids": [1],
+            "samples": [
+                {"text": text, "token_ids": [3], "finish_reason": "stop"}
+                for text in (ANSWERS if i < count - 1 else (ANSWERS[0], ANSWERS[1], ANSWERS[0]))
+            ],
+        }
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +137,15 @@ def reward_models(tmp_path_factory, model_dirs):
     """Two tiny reward models with random weights, in a judge's and in the policy's architecture and tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
     found = []
     for seed, source in enumerate(model_dirs.values()):
         directory = str(tmp_path_factory.mktemp(f"reward-{seed}"))
         torch.manual_seed(seed)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        config = AutoConfig.from_pretrained(source, num_labels=1, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id or 0)
+        config = AutoConfig.from_pretrained(
+            source, num_labels=1, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id or 0
+        )
         AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         found.append(directory)
@@ -110,6 +156,7 @@ def plain_rewards(directory, record):
     """The rewards of a record's samples, one at a time, with transformers."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer, found = AutoTokenizer.from_pretrained(directory), []
     for sample in record["samples"]:
@@ -121,9 +168,27 @@ def plain_rewards(directory, record):
 
 
 def score(source, output, *flags, check=True, **environment):
-    done = subprocess.run([sys.executable, "scoring.py", "--input", str(source), "--output", str(output), "--gpus", "none",
-                           "--max_prompt_tokens", "1000", *map(str, flags)], cwd=ROOT, text=True, timeout=300,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | environment)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "scoring.py",
+            "--input",
+            str(source),
+            "--output",
+            str(output),
+            "--gpus",
+            "none",
+            "--max_prompt_tokens",
+            "1000",
+            *map(str, flags),
+        ],
+        cwd=ROOT,
+        text=True,
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | environment,
+    )
     assert not check or done.returncode == 0, done.stdout
     return done.stdout
 
@@ -131,8 +196,18 @@ def score(source, output, *flags, check=True, **environment):
 def test_a_mixture_of_reward_models(reward_models, jsonl, tmp_path):
     records = samples(3)
     source, output = jsonl("samples.jsonl", *records), tmp_path / "scores.jsonl"
-    score(source, output, "--judge", ",".join(reward_models), "--judge_type", "bt-mixture", "--judge_weights", "1,3",
-          "--reward_temperature", "0.5,2")
+    score(
+        source,
+        output,
+        "--judge",
+        ",".join(reward_models),
+        "--judge_type",
+        "bt-mixture",
+        "--judge_weights",
+        "1,3",
+        "--reward_temperature",
+        "0.5,2",
+    )
     found = list(read_jsonl(output))
     assert [one["prompt_id"] for one in found] == ["0", "1", "2"] and not list(tmp_path.glob("*.partial*"))
     for record, one in zip(records, found):
@@ -141,21 +216,30 @@ def test_a_mixture_of_reward_models(reward_models, jsonl, tmp_path):
         assert one["panel"][0]["rewards"] == pytest.approx(first, abs=1e-4)
         assert one["panel"][1]["rewards"] == pytest.approx(second, abs=1e-4)
         for i, j in itertools.permutations(range(3), 2):
-            expected = sum(weight / (1 + math.exp(-(r[i] - r[j]) / t))
-                           for weight, r, t in ((0.25, first, 0.5), (0.75, second, 2)))
+            expected = sum(
+                weight / (1 + math.exp(-(r[i] - r[j]) / t)) for weight, r, t in ((0.25, first, 0.5), (0.75, second, 2))
+            )
             assert one["win_probs"][i][j] == pytest.approx(expected, abs=1e-4)
         assert one["order_gap"] == pytest.approx(0) and one["label_mass"] == 1
     assert found[2]["win_probs"][0][2] == 0.5  # identical responses
 
 
 def test_a_policy_is_no_reward_model(demo_models, jsonl, tmp_path):
-    output = score(jsonl("samples.jsonl", *samples(1)), tmp_path / "scores.jsonl", "--judge", demo_models / "policy",
-                   "--judge_type", "bt-mixture", check=False)
+    output = score(
+        jsonl("samples.jsonl", *samples(1)),
+        tmp_path / "scores.jsonl",
+        "--judge",
+        demo_models / "policy",
+        "--judge_type",
+        "bt-mixture",
+        check=False,
+    )
     assert "is a Qwen2ForCausalLM" in output and "a reward model is a sequence classifier with one" in output
     assert not (tmp_path / "scores.jsonl").exists()
 
 
 # ---------------------------------------------------------------------------------------------- a server
+
 
 @contextlib.contextmanager
 def serve(model, port):
@@ -164,10 +248,31 @@ def serve(model, port):
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_NO_USAGE_STATS": "1"}
     with open(f"{model}.server.log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", f"{model}/model", "--served-model-name", "judge",
-             "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--dtype", "float32", "--enforce-eager",
-             "--api-key", "secret"],
-            stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            [
+                sys.executable,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                "--model",
+                f"{model}/model",
+                "--served-model-name",
+                "judge",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--max-model-len",
+                "1024",
+                "--dtype",
+                "float32",
+                "--enforce-eager",
+                "--api-key",
+                "secret",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
     try:
         yield process
     finally:
@@ -195,9 +300,30 @@ def test_a_server_that_is_killed_and_comes_back(demo_models, jsonl, tmp_path):
         score(source, here, "--judge", judge)  # while the server starts
         wait_for_server(process, port, log)
         asking = subprocess.Popen(
-            [sys.executable, "scoring.py", "--judge", "judge", "--judge_type", "openai", "--api_base", f"http://127.0.0.1:{port}/v1",
-             "--input", str(source), "--output", str(there), "--api_price", "2,4", "--api_concurrency", "4"],
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OPENAI_API_KEY": "secret"})
+            [
+                sys.executable,
+                "scoring.py",
+                "--judge",
+                "judge",
+                "--judge_type",
+                "openai",
+                "--api_base",
+                f"http://127.0.0.1:{port}/v1",
+                "--input",
+                str(source),
+                "--output",
+                str(there),
+                "--api_price",
+                "2,4",
+                "--api_concurrency",
+                "4",
+            ],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OPENAI_API_KEY": "secret"},
+        )
         partial = tmp_path / "there.jsonl.partial"
         while asking.poll() is None and not (partial.exists() and len(partial.read_bytes().splitlines()) > 8):
             time.sleep(0.02)
@@ -217,7 +343,9 @@ def test_a_server_that_is_killed_and_comes_back(demo_models, jsonl, tmp_path):
         assert one["label_mass"] == pytest.approx(other["label_mass"], abs=1e-4)
     requests = sum(one["usage"]["requests"] for one in found)
     assert requests == 119 * 6 + 2 and f"{requests} requests" in output and "dollars" in output
-    assert all("secret" not in path.read_text(errors="ignore") for path in tmp_path.iterdir()) and "secret" not in output
+    assert (
+        all("secret" not in path.read_text(errors="ignore") for path in tmp_path.iterdir()) and "secret" not in output
+    )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -231,9 +359,16 @@ class Handler(BaseHTTPRequestHandler):
         self.at.append(time.monotonic())
         status, headers, answer = self.moods.pop(0) if self.moods else (200, {}, None)
         if answer is None:
-            answer = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Output (a)"}}],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}
+            answer = {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 1,
+                "model": "m",
+                "choices": [
+                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Output (a)"}}
+                ],
+                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+            }
         data = json.dumps(answer).encode()
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(data))} | headers).items():
@@ -251,8 +386,17 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    yield ServerJudge(JudgeConfig(judge="m", judge_type="openai", api_base=f"http://127.0.0.1:{server.server_port}/v1", gpus="none",
-                                  template=str(ROOT / "prompts/offsetbias.txt"), api_concurrency=1, api_retries=1))
+    yield ServerJudge(
+        JudgeConfig(
+            judge="m",
+            judge_type="openai",
+            api_base=f"http://127.0.0.1:{server.server_port}/v1",
+            gpus="none",
+            template=str(ROOT / "prompts/offsetbias.txt"),
+            api_concurrency=1,
+            api_retries=1,
+        )
+    )
     server.shutdown()
 
 
@@ -268,8 +412,11 @@ def error(message):
 
 
 def test_answers_without_log_probabilities(server):
-    Handler.moods = [(400, {}, error("top_logprobs must be at most 5")), (400, {}, error("logprobs is not supported")),
-                     (400, {}, error("Unsupported value: 'temperature'"))]
+    Handler.moods = [
+        (400, {}, error("top_logprobs must be at most 5")),
+        (400, {}, error("logprobs is not supported")),
+        (400, {}, error("Unsupported value: 'temperature'")),
+    ]
     (found,) = work(server, samples(2)[0])
     # it always prefers the first one, so both orders together say 1/2
     assert found["win_probs"][0][1] == 0.5 and found["order_gap"] == 1
@@ -279,15 +426,24 @@ def test_answers_without_log_probabilities(server):
 
 
 def test_it_waits_as_long_as_the_server_says(server):
-    Handler.moods = [(429, {"retry-after": "1"}, error("slow down")),
-                     (200, {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1s"}, None)]
+    Handler.moods = [
+        (429, {"retry-after": "1"}, error("slow down")),
+        (200, {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1s"}, None),
+    ]
     work(server, samples(2)[1])  # two orders
     first, second = Handler.at[1] - Handler.at[0], Handler.at[2] - Handler.at[1]
     assert first >= 0.95 and second >= 0.95
 
 
-@pytest.mark.parametrize("status, message", [(401, "did not answer for m: .*Incorrect API key \\*\\*\\*"), (404, "did not answer"),
-                                             (400, "refuses the request for m: .*Incorrect"), (500, "What is finished is kept")])
+@pytest.mark.parametrize(
+    "status, message",
+    [
+        (401, "did not answer for m: .*Incorrect API key \\*\\*\\*"),
+        (404, "did not answer"),
+        (400, "refuses the request for m: .*Incorrect"),
+        (500, "What is finished is kept"),
+    ],
+)
 def test_a_server_that_refuses(server, status, message):
     Handler.moods = [(status, {"retry-after": "0"}, error("Incorrect API key secret"))] * 50
     with pytest.raises(StageError, match=message):
@@ -298,8 +454,21 @@ def test_a_record_that_is_too_long_or_not_answered_is_skipped(server):
     Handler.moods = [(400, {}, error("This model's maximum context length is 8 tokens"))]
     first, second = work(server, *samples(2))
     assert set(first) == {"prompt_id", "skipped", "usage"} and "too long" in first["skipped"] and "win_probs" in second
-    Handler.moods = [(200, {}, {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Both are nice"}}]})]
+    Handler.moods = [
+        (
+            200,
+            {},
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 1,
+                "model": "m",
+                "choices": [
+                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Both are nice"}}
+                ],
+            },
+        )
+    ]
     (first,) = work(server, samples(2)[1])
     assert "answered 'Both are nice', which is none of its labels" in first["skipped"]
     server.config.on_error = "skip"  # a request that the server will never take
@@ -309,17 +478,47 @@ def test_a_record_that_is_too_long_or_not_answered_is_skipped(server):
 
 
 def test_a_server_that_never_answers_with_a_label_is_no_judge(server):
-    Handler.moods = [(200, {}, {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Both"}}]})] * 100
+    Handler.moods = [
+        (
+            200,
+            {},
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 1,
+                "model": "m",
+                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Both"}}],
+            },
+        )
+    ] * 100
     with pytest.raises(StageError, match="does not answer with one of the labels, but 'Both'"):
         work(server, *samples(9))
     assert len(Handler.asked) < 30
 
 
 def test_no_server_is_a_plain_error(jsonl, tmp_path):
-    output = score(jsonl("samples.jsonl", *samples(1)), tmp_path / "o.jsonl", "--judge", "m", "--judge_type", "openai",
-                   "--api_base", "http://127.0.0.1:9/v1", "--api_retries", "1", check=False)
+    output = score(
+        jsonl("samples.jsonl", *samples(1)),
+        tmp_path / "o.jsonl",
+        "--judge",
+        "m",
+        "--judge_type",
+        "openai",
+        "--api_base",
+        "http://127.0.0.1:9/v1",
+        "--api_retries",
+        "1",
+        check=False,
+    )
     assert "http://127.0.0.1:9/v1 did not answer for m: Connection error" in output and "Traceback" not in output
-    output = score(jsonl("samples.jsonl", *samples(1)), tmp_path / "o.jsonl", "--judge", "m", "--judge_type", "openai",
-                   check=False, OPENAI_API_KEY="")
+    output = score(
+        jsonl("samples.jsonl", *samples(1)),
+        tmp_path / "o.jsonl",
+        "--judge",
+        "m",
+        "--judge_type",
+        "openai",
+        check=False,
+        OPENAI_API_KEY="",
+    )
     assert "OPENAI_API_KEY is not set" in output

@@ -1,6 +1,6 @@
 """judges.py without an engine: templates, labels, settings, and what the judges make of their answers.
 
-    python -m pytest tests/test_judges.py
+python -m pytest tests/test_judges.py
 """
 
 import math
@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from data_utils import encode_prompt
-from utils import StageError
 from judges import GenerativeJudge, JudgeConfig, fill_template, read_template, split_labels, win_matrix
+from utils import StageError
 from vllm_model import EngineWork
 
 # ---- Win probabilities ----
@@ -21,8 +21,17 @@ from vllm_model import EngineWork
 def test_win_matrix_averages_both_orders():
     # P(x beats y) = (0.9 + 1 - 0.3)/2 = 0.8, gap |0.9 - 0.7| = 0.2; P(x beats z) = (0.6 + 1 - 0.4)/2 = 0.6, gap 0;
     # P(y beats z) = (0.5 + 1 - 0.9)/2 = 0.3, gap |0.5 - 0.1| = 0.4. Mean gap 0.2, mean mass (5 * 1 + 0.4)/6 = 0.9.
-    found = win_matrix(["x", "y", "z"], {("x", "y"): (0.9, 1.0), ("y", "x"): (0.3, 1.0), ("x", "z"): (0.6, 1.0),
-                                         ("z", "x"): (0.4, 1.0), ("y", "z"): (0.5, 1.0), ("z", "y"): (0.9, 0.4)})
+    found = win_matrix(
+        ["x", "y", "z"],
+        {
+            ("x", "y"): (0.9, 1.0),
+            ("y", "x"): (0.3, 1.0),
+            ("x", "z"): (0.6, 1.0),
+            ("z", "x"): (0.4, 1.0),
+            ("y", "z"): (0.5, 1.0),
+            ("z", "y"): (0.9, 0.4),
+        },
+    )
     expected = [[None, 0.8, 0.6], [0.2, None, 0.3], [0.4, 0.7, None]]
     for i, row in enumerate(expected):
         assert found["win_probs"][i] == [p if p is None else pytest.approx(p) for p in row]
@@ -50,16 +59,31 @@ def test_win_matrix_gives_identical_responses_a_half():
 # ---- Templates ----
 
 
-@pytest.mark.parametrize("text", ["{input} {output_1} {output_2}", "{output_2}{input}{output_1}",
-                                  "{instruction}: {output_a} {output_b}", "{other} {} {input} {output_1} {output_2}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{input} {output_1} {output_2}",
+        "{output_2}{input}{output_1}",
+        "{instruction}: {output_a} {output_b}",
+        "{other} {} {input} {output_1} {output_2}",
+    ],
+)
 def test_read_template_takes_each_part_once(tmp_path, text):
     (tmp_path / "t.txt").write_text(f"\n{text}\n\n")
     assert read_template(tmp_path / "t.txt") == text
 
 
-@pytest.mark.parametrize("text", [
-    "", "{input} {output_1}", "{output_1} {output_2}", "{input} {output_1} {output_2} {input}",
-    "{input} {instruction} {output_1} {output_2}", "{input} {output_1} {output_a}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{input} {output_1}",
+        "{output_1} {output_2}",
+        "{input} {output_1} {output_2} {input}",
+        "{input} {instruction} {output_1} {output_2}",
+        "{input} {output_1} {output_a}",
+    ],
+)
 def test_read_template_refuses(tmp_path, text):
     (tmp_path / "t.txt").write_text(text)
     with pytest.raises(StageError, match="t.txt should contain"):
@@ -79,8 +103,10 @@ def test_fill_template_leaves_braces_in_the_parts_alone():
 # ---- Labels and settings ----
 
 
-@pytest.mark.parametrize("first, second, expected", [
-    ([7, 8, 1, 9], [7, 8, 2, 9], ([7, 8], (1, 2))), ([1], [2], ([], (1, 2))), ([7, 1], [7, 2, 3], ([7], (1, 2)))])
+@pytest.mark.parametrize(
+    "first, second, expected",
+    [([7, 8, 1, 9], [7, 8, 2, 9], ([7, 8], (1, 2))), ([1], [2], ([], (1, 2))), ([7, 1], [7, 2, 3], ([7], (1, 2)))],
+)
 def test_split_labels_at_the_first_difference(first, second, expected):
     assert split_labels(first, second) == expected
 
@@ -91,13 +117,19 @@ def test_split_labels_refuses_labels_that_no_position_decides(first, second):
         split_labels(first, second)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"judge_type": "bradley-terry"}, "--judge_type should be one of offsetbias-lm, bt-mixture, openai, got bradley-terry"),
-    ({"labels": "yes"}, "--labels should be two different answers"),
-    ({"labels": "yes,no,maybe"}, "--labels should be two different answers"),
-    ({"labels": "yes,"}, "--labels should be two different answers"),
-    ({"template": "no-such-file"}, "judge template no-such-file does not exist"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"judge_type": "bradley-terry"},
+            "--judge_type should be one of offsetbias-lm, bt-mixture, openai, got bradley-terry",
+        ),
+        ({"labels": "yes"}, "--labels should be two different answers"),
+        ({"labels": "yes,no,maybe"}, "--labels should be two different answers"),
+        ({"labels": "yes,"}, "--labels should be two different answers"),
+        ({"template": "no-such-file"}, "judge template no-such-file does not exist"),
+    ],
+)
 def test_judge_config_refuses(tmp_path, settings, message):
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     good = {"judge": "J", "template": str(tmp_path / "t.txt"), "labels": "yes,no"}
@@ -145,17 +177,25 @@ def record(prompt_id, *texts, prompt="Where?"):
     return {"prompt_id": prompt_id, "prompt": prompt, "samples": [{"text": text} for text in texts], "kept": True}
 
 
-@pytest.mark.parametrize("first, second, expected", [
-    (math.log(0.6), math.log(0.2), (0.75, 0.8)),  # 0.6/(0.6 + 0.2), 0.6 + 0.2
-    (0.0, -math.inf, (1.0, 1.0)), (-math.inf, 0.0, (0.0, 1.0)), (-1000.0, -1000.0, (0.5, 0.0))])
+@pytest.mark.parametrize(
+    "first, second, expected",
+    [
+        (math.log(0.6), math.log(0.2), (0.75, 0.8)),  # 0.6/(0.6 + 0.2), 0.6 + 0.2
+        (0.0, -math.inf, (1.0, 1.0)),
+        (-math.inf, 0.0, (0.0, 1.0)),
+        (-1000.0, -1000.0, (0.5, 0.0)),
+    ],
+)
 def test_judge_read_labels_normalises_the_two_labels(judge, first, second, expected):
     assert judge.read_labels([FakeEngine({7: first, 8: second}).output(0)]) == [pytest.approx(expected)]
 
 
 def test_judge_asks_once_for_each_ordered_pair_of_different_texts(judge):
     judge([(0, record("a", "sea", "city", "sea"))])
-    expected = [encode_prompt(judge.tokenizer, f"Where?|{first}|{second}") + [5, 6]
-                for first, second in (("sea", "city"), ("city", "sea"))]
+    expected = [
+        encode_prompt(judge.tokenizer, f"Where?|{first}|{second}") + [5, 6]
+        for first, second in (("sea", "city"), ("city", "sea"))
+    ]
     assert Counter(map(tuple, judge.engine.prompts)) == Counter(map(tuple, expected))
 
 

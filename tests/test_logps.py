@@ -1,6 +1,6 @@
 """logps.py against the plainest computation: logits of all positions, float64, log_softmax, gather.
 
-    python -m pytest tests/test_logps.py
+python -m pytest tests/test_logps.py
 """
 
 import copy
@@ -12,8 +12,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import logps
 from logps import MODEL_TYPES, ResponseHead, TokenLogps, install_head, lay_out, plain_logps, response_logps
 
-SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=1,
+)
 
 
 def tiny(model_type, **changes):
@@ -42,7 +53,7 @@ def by_hand(model, rows):
     for side in range(len(rows[0][1])):
         for prompt, responses in rows:
             ids = torch.tensor([prompt + responses[side]])
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1]
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
             sums.append(logits.log_softmax(-1).gather(1, torch.tensor(responses[side])[:, None]).sum())
     return torch.stack(sums)
 
@@ -55,7 +66,12 @@ def test_layout_of_two_pairs():
     assert batch["labels"].tolist() == [7, 8, 9, 2, 3]
     assert batch["owner"].tolist() == [0, 0, 2, 1, 3]
     assert batch["attention_mask"][0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
     assert batch["attention_mask"].any(-1).all()  # also padding looks at something
 
 
@@ -93,7 +109,7 @@ def by_hand_with_gradient(model, rows):
     sequences = [(prompt, responses[side]) for side in range(2) for prompt, responses in rows]
     sums = []
     for prompt, response in sequences:
-        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1:-1]
+        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
         sums.append(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
     return torch.stack(sums)
 
@@ -103,19 +119,27 @@ def test_blocks_give_what_one_softmax_gives(monkeypatch, bias):
     monkeypatch.setattr(logps, "ROWS", 3)
     monkeypatch.setattr(logps, "TILE", 5)
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, shift = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-                             for shape in ((7, 4), (13, 4), (13,)))
+    hidden, weight, shift = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((7, 4), (13, 4), (13,))
+    )
     labels = torch.tensor([0, 12, 4, 5, 5, 9, 1])
     arguments = hidden, weight, shift if bias else None, labels, torch.float64, True
-    expected = torch.nn.functional.linear(hidden, weight, shift if bias else None).log_softmax(-1).gather(1, labels[:, None])
+    expected = (
+        torch.nn.functional.linear(hidden, weight, shift if bias else None).log_softmax(-1).gather(1, labels[:, None])
+    )
     assert torch.allclose(TokenLogps.apply(*arguments), expected[:, 0], atol=1e-12)
     assert torch.allclose(TokenLogps.apply(*arguments[:-1], False), expected[:, 0], atol=1e-12)
-    assert torch.autograd.gradcheck(lambda h, w, b: TokenLogps.apply(h, w, b if bias else None, *arguments[3:]),
-                                    (hidden, weight, shift))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: TokenLogps.apply(h, w, b if bias else None, *arguments[3:]), (hidden, weight, shift)
+    )
 
 
 def test_extreme_logits_stay_finite():
-    hidden, weight = torch.tensor([[300.0, 0.0], [0.0, -300.0]]), torch.tensor([[300.0, 0.0], [0.0, 300.0], [-1.0, -1.0]])
+    hidden, weight = (
+        torch.tensor([[300.0, 0.0], [0.0, -300.0]]),
+        torch.tensor([[300.0, 0.0], [0.0, 300.0], [-1.0, -1.0]]),
+    )
     found = TokenLogps.apply(hidden, weight, None, torch.tensor([0, 1]), torch.float32, False)
     assert found.tolist() == [0.0, -90300.0]
 
@@ -127,9 +151,16 @@ def test_a_row_alone_does_not_depend_on_its_neighbours():
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type, changes", [
-    ("mistral", {"sliding_window": 8}), ("gemma2", {"head_dim": 8}), ("granite", {"logits_scaling": 3.0}),
-    ("gpt_neox", {}), ("cohere", {"logit_scale": 0.3})])
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("gemma2", {"head_dim": 8}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("gpt_neox", {}),
+        ("cohere", {"logit_scale": 0.3}),
+    ],
+)
 def test_other_models_take_the_plain_way(model_type, changes):
     model, rows = tiny(model_type, **changes), random_rows(3, shortest=6)
     expected = by_hand(model, rows)
@@ -152,6 +183,7 @@ def test_generation_and_saving_see_an_ordinary_model(tmp_path):
 def test_no_matrix_of_positions_and_vocabulary_in_float32():
     """Under bfloat16 autocast, with gradient: one in bfloat16, none in float32; without gradient none at all."""
     from torch.utils._python_dispatch import TorchDispatchMode
+
     model, rows = install_head(tiny("qwen2", vocab_size=4 * logps.TILE)), random_rows(8, shortest=8)
     count = sum(len(response) for _, responses in rows for response in responses)
 

@@ -1,6 +1,6 @@
 """losses.py against numbers derived by hand and the identities of the algorithm.
 
-    python -m pytest tests/test_losses.py
+python -m pytest tests/test_losses.py
 """
 
 import math
@@ -81,13 +81,14 @@ def test_sequence_logps_ignores_what_is_outside_the_response():
     logits, labels, mask = random_batch()
     predicts = mask.roll(-1, dims=1)  # position t predicts token t + 1; the roll brings in position 0, which is False
     spoilt = logits.masked_fill(~predicts[..., None], math.nan)
-    torch.testing.assert_close(sequence_logps(spoilt, labels.masked_fill(~mask, 0), mask),
-                               sequence_logps(logits, labels, mask))
+    torch.testing.assert_close(
+        sequence_logps(spoilt, labels.masked_fill(~mask, 0), mask), sequence_logps(logits, labels, mask)
+    )
 
 
 def test_sequence_logps_does_not_depend_on_the_other_rows():
     logits, labels, mask = random_batch()
-    alone = torch.cat([sequence_logps(logits[i:i + 1], labels[i:i + 1], mask[i:i + 1]) for i in range(3)])
+    alone = torch.cat([sequence_logps(logits[i : i + 1], labels[i : i + 1], mask[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(sequence_logps(logits, labels, mask), alone, rtol=0, atol=0)
 
 
@@ -104,8 +105,13 @@ def test_sequence_logps_gradient_is_one_hot_minus_softmax():
 def test_sequence_logps_gradcheck():
     logits, labels, mask = random_batch(batch=2, dtype=torch.float64)
     # The terms are float32 whatever the logits are, so the differences are taken over a wide step.
-    assert torch.autograd.gradcheck(lambda z: sequence_logps(z, labels[:2], mask[:2]).double(),
-                                    logits.requires_grad_(), eps=1e-2, atol=2e-4, rtol=1e-3)
+    assert torch.autograd.gradcheck(
+        lambda z: sequence_logps(z, labels[:2], mask[:2]).double(),
+        logits.requires_grad_(),
+        eps=1e-2,
+        atol=2e-4,
+        rtol=1e-3,
+    )
 
 
 def test_sequence_logps_of_a_long_response_is_exact_to_float32():
@@ -124,11 +130,14 @@ def test_sequence_logps_of_bfloat16_logits_is_computed_in_float32():
     torch.testing.assert_close(found, plain_logps(logits.float(), labels, mask))
 
 
-@pytest.mark.parametrize("change", [
-    lambda logits, labels, mask: (logits[:, :-1], labels, mask),  # already shifted
-    lambda logits, labels, mask: (logits, labels[:, 1:], mask),
-    lambda logits, labels, mask: (logits, labels, mask[:1]),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits, labels, mask: (logits[:, :-1], labels, mask),  # already shifted
+        lambda logits, labels, mask: (logits, labels[:, 1:], mask),
+        lambda logits, labels, mask: (logits, labels, mask[:1]),
+    ],
+)
 def test_sequence_logps_refuses_different_shapes(change):
     with pytest.raises(ValueError, match="shapes differ"):
         sequence_logps(*change(*random_batch()))
@@ -172,8 +181,9 @@ def test_inpo_loss_of_one_pair():
     torch.testing.assert_close(inpo_loss(*policy, *ref, *last, eta=0.5, tau_eta_ratio=0.25), torch.tensor([1.5625]))
 
 
-@pytest.mark.parametrize("eta, win_prob, target", [
-    (0.002, None, 250), (0.002, 1.0, 250), (0.1, 0.5, 0), (0.1, 0.2, -3)])
+@pytest.mark.parametrize(
+    "eta, win_prob, target", [(0.002, None, 250), (0.002, 1.0, 250), (0.1, 0.5, 0), (0.1, 0.2, -3)]
+)
 def test_preference_target_values(eta, win_prob, target):
     assert preference_target(eta, win_prob) == pytest.approx(target)  # (2p - 1)/(2 eta)
 
@@ -183,8 +193,12 @@ def test_preference_target_values(eta, win_prob, target):
 
 def test_dpo_loss_at_zero_margin_is_log_2(logps):
     policy = only(logps, "policy")
-    loss = dpo_loss(**policy, ref_chosen_logps=policy["policy_chosen_logps"] - 7,
-                    ref_rejected_logps=policy["policy_rejected_logps"] - 7, beta=0.1)
+    loss = dpo_loss(
+        **policy,
+        ref_chosen_logps=policy["policy_chosen_logps"] - 7,
+        ref_rejected_logps=policy["policy_rejected_logps"] - 7,
+        beta=0.1,
+    )
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)))
 
 
@@ -204,8 +218,10 @@ def test_inpo_loss_with_ratio_zero_is_ipo_against_the_last_policy(logps, eta):
 @pytest.mark.parametrize("ratio", [0, 1 / 3, 0.5])
 def test_inpo_loss_does_not_depend_on_the_ratio_where_reference_is_last(logps, ratio):
     same = logps | {name.replace("ref", "last"): value for name, value in only(logps, "ref").items()}
+
     def loss(values, r):
         return inpo_loss(**values, eta=0.1, tau_eta_ratio=r)
+
     torch.testing.assert_close(loss(same, ratio), loss(same, 1))
     # The ratio does matter where they differ, or the line above would say nothing.
     assert not torch.allclose(loss(logps, ratio), loss(logps, 1))
@@ -214,14 +230,18 @@ def test_inpo_loss_does_not_depend_on_the_ratio_where_reference_is_last(logps, r
 @pytest.mark.parametrize("eta", ETAS)
 def test_losses_of_an_untouched_policy_are_the_squared_target(logps, eta):
     untouched = {name: logps[f"policy_{name.split('_')[1]}_logps"] for name in logps}
-    for loss in (inpo_loss(**untouched, eta=eta, tau_eta_ratio=1 / 3),
-                 ipo_loss(**only(untouched, "policy", "ref"), eta=eta)):
+    for loss in (
+        inpo_loss(**untouched, eta=eta, tau_eta_ratio=1 / 3),
+        ipo_loss(**only(untouched, "policy", "ref"), eta=eta),
+    ):
         torch.testing.assert_close(loss, torch.full_like(loss, (1 / (2 * eta)) ** 2))  # 62,500 at eta 0.002
 
 
-LOSSES = [(ipo_loss, ("policy", "ref"), {"eta": 0.1}),
-          (inpo_loss, ("policy", "ref", "last"), {"eta": 0.1, "tau_eta_ratio": 1 / 3}),
-          (dpo_loss, ("policy", "ref"), {"beta": 0.1})]
+LOSSES = [
+    (ipo_loss, ("policy", "ref"), {"eta": 0.1}),
+    (inpo_loss, ("policy", "ref", "last"), {"eta": 0.1, "tau_eta_ratio": 1 / 3}),
+    (dpo_loss, ("policy", "ref"), {"beta": 0.1}),
+]
 
 
 @pytest.mark.parametrize("loss, models, settings", LOSSES)
@@ -248,5 +268,5 @@ def test_losses_stay_per_pair(logps, loss, models, settings):
     whole = loss(**pairs, **settings)
     assert whole.shape == (5,)
     for i in range(5):
-        alone = {name: value[i:i + 1] for name, value in pairs.items()}
-        torch.testing.assert_close(loss(**alone, **settings), whole[i:i + 1])
+        alone = {name: value[i : i + 1] for name, value in pairs.items()}
+        torch.testing.assert_close(loss(**alone, **settings), whole[i : i + 1])

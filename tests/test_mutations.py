@@ -15,11 +15,11 @@ import warnings
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from test_bad_input import CHAT, DATA, END, PAIR, SAMPLES, SCORES, TEXTS, VOCABULARY, ids, message, sample
 
 import data_processing
 from data_utils import ChatDataset, PairDataset, UnscoredPairDataset
 from eval import join_responses
-from test_bad_input import CHAT, DATA, END, PAIR, SAMPLES, SCORES, TEXTS, VOCABULARY, ids, message, sample
 from utils import StageError, check_input, read_prompts, read_samples, read_scores
 
 MAX_LENGTH = 64
@@ -60,10 +60,42 @@ VALID = {
 TOO_LARGE = "@1e999@"  # stands for the number, which Python cannot write
 NESTED = json.loads("[" * 200 + "]" * 200)
 VALUES = [
-    None, True, False, 0, 1, -1, 1.5, 0.5, -1.0, TOO_LARGE, float("nan"), 10**400, -10**400,
-    "", "b", "p1", "\ud800", "\u2028", "<|im_end|>",
-    [], {}, [0], ["x"], [None], [{}], [[]], [0] * 5000, NESTED, ids("sea"), [END], [VOCABULARY],
-    {"role": "user"}, [message("assistant", "x")], [message("user", "x")], [message("assistant", None)]]
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    1.5,
+    0.5,
+    -1.0,
+    TOO_LARGE,
+    float("nan"),
+    10**400,
+    -(10**400),
+    "",
+    "b",
+    "p1",
+    "\ud800",
+    "\u2028",
+    "<|im_end|>",
+    [],
+    {},
+    [0],
+    ["x"],
+    [None],
+    [{}],
+    [[]],
+    [0] * 5000,
+    NESTED,
+    ids("sea"),
+    [END],
+    [VOCABULARY],
+    {"role": "user"},
+    [message("assistant", "x")],
+    [message("user", "x")],
+    [message("assistant", None)],
+]
 
 
 def write(records):
@@ -74,13 +106,14 @@ def damage_bytes(random, data):
     position = random.randrange(len(data) + 1)
     kind = random.choice(["flip", "insert", "delete", "cut", "start", "ends"])
     if kind == "flip" and position < len(data):
-        return data[:position] + bytes([data[position] ^ 1 << random.randrange(8)]) + data[position + 1:]
+        return data[:position] + bytes([data[position] ^ 1 << random.randrange(8)]) + data[position + 1 :]
     if kind == "insert":
-        inserted = random.choice([b"\n", b"\r", b"\0", b'"', b"{", b"]", b"\xff", b"9", b"\xe2\x80\xa8", b" ", b"-",
-                                  b"e", b"\\ud800", b","])
+        inserted = random.choice(
+            [b"\n", b"\r", b"\0", b'"', b"{", b"]", b"\xff", b"9", b"\xe2\x80\xa8", b" ", b"-", b"e", b"\\ud800", b","]
+        )
         return data[:position] + inserted + data[position:]
     if kind == "delete":
-        return data[:position] + data[position + random.randrange(1, 9):]
+        return data[:position] + data[position + random.randrange(1, 9) :]
     if kind == "start":
         return random.choice([b"\xef\xbb\xbf", b"\n", b"\xff\xfe", b"\x1f\x8b", b"\xef\xbb\xbf\n", b" "]) + data
     return data[:position] if kind == "cut" else data.replace(b"\n", random.choice([b"\r\n", b"\n\n", b" \n", b"\r"]))
@@ -128,6 +161,7 @@ def damage(random, data):
 
 # ---------------------------------------------------------------------------------------------- the formats again
 
+
 def plainly_read(path):
     """The file's objects: what is between line feeds, by Python's own reader."""
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
@@ -166,8 +200,10 @@ def check_scores(records):
 
 
 def is_chat(messages, last):
-    return all(is_text(message["role"]) and is_text(message["content"]) for message in messages) and \
-        messages[-1]["role"] == last
+    return (
+        all(is_text(message["role"]) and is_text(message["content"]) for message in messages)
+        and messages[-1]["role"] == last
+    )
 
 
 def check_pair(record):
@@ -194,6 +230,7 @@ def all_records(dataset):
 
 
 # ---------------------------------------------------------------------------------------------- the readers
+
 
 def read_file(kind, path, tokenizer):
     """What the stages get out of the file, checked; raises what they raise."""
@@ -223,8 +260,10 @@ def read_file(kind, path, tokenizer):
         for record in records:
             source = sources[record["prompt_id"]]
             assert are_tokens(record["prompt_token_ids"]) and record["prompt"] == chat_prompt(source["prompt"])
-            chosen, rejected = (sample(record[side][0]["content"]) | {"token_ids": record[f"{side}_token_ids"]}
-                                for side in ("chosen", "rejected"))
+            chosen, rejected = (
+                sample(record[side][0]["content"]) | {"token_ids": record[f"{side}_token_ids"]}
+                for side in ("chosen", "rejected")
+            )
             texts = [{name: one[name] for name in ("text", "token_ids")} for one in source["samples"]]
             assert all({name: one[name] for name in ("text", "token_ids")} in texts for one in (chosen, rejected))
             assert is_number(record["win_prob"], 0, 1) and record["score_chosen"] >= record["score_rejected"]
@@ -232,8 +271,11 @@ def read_file(kind, path, tokenizer):
         dataset = (PairDataset if kind == "data" else UnscoredPairDataset)(path, tokenizer, MAX_LENGTH, VOCABULARY)
         records = all_records(dataset)
         batch = dataset.collate(records)
-        check_rows(dataset, batch, *([record[f"{name}_token_ids"] for record in records]
-                                     for name in ("prompt", "chosen", "rejected")))
+        check_rows(
+            dataset,
+            batch,
+            *([record[f"{name}_token_ids"] for record in records] for name in ("prompt", "chosen", "rejected")),
+        )
         assert dataset.ids == batch["prompt_ids"] == [record["prompt_id"] for record in records]
         assert ((batch["win_prob"] >= 0) & (batch["win_prob"] <= 1)).all()
         for record in records:
@@ -252,7 +294,9 @@ def read_file(kind, path, tokenizer):
         assert all(is_chat(record["messages"], "assistant") and len(record["messages"]) > 1 for record in records)
         batch = dataset.collate(records)
         encoded = [dataset.encode(record) for record in records]
-        check_rows(dataset, batch, *([one[name] for one in encoded] for name in ("prompt_token_ids", "response_token_ids")))
+        check_rows(
+            dataset, batch, *([one[name] for one in encoded] for name in ("prompt_token_ids", "response_token_ids"))
+        )
         assert batch["num_tokens"].tolist() == [len(one["response_token_ids"]) for one in encoded]
         assert all(is_number(weight, 0, math.inf) for weight in dataset.weights)
         assert all(type(record.get("weight", 1)) is not bool for record in records)
@@ -263,9 +307,13 @@ def read_file(kind, path, tokenizer):
         records = list(join_responses(path, baseline))
         sources = plainly_read(path)
         assert [(record["prompt_id"], record["prompt"], record["samples"][0]) for record in records] == [
-            (source["prompt_id"], source["prompt"], source["samples"][0]) for source in sources]
-        assert all(len(record["samples"]) == 2 and is_text(sample["text"])
-                   for record in records for sample in record["samples"])
+            (source["prompt_id"], source["prompt"], source["samples"][0]) for source in sources
+        ]
+        assert all(
+            len(record["samples"]) == 2 and is_text(sample["text"])
+            for record in records
+            for sample in record["samples"]
+        )
     if kind != "chats":
         found = [record["prompt_id"] for record in records]
         assert len(found) == len(set(found)) and all(map(is_text, found))

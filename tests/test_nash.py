@@ -1,6 +1,6 @@
 """The empirical game: Nash mixtures, worst cases, gaps.
 
-    python -m pytest tests/test_nash.py
+python -m pytest tests/test_nash.py
 """
 
 import numpy as np

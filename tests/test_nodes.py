@@ -1,6 +1,6 @@
 """comal.sh on two machines: network namespaces of their own, joined by a virtual cable, with one file system.
 
-    python -m pytest tests/test_nodes.py        as root, with ip from iproute2
+python -m pytest tests/test_nodes.py        as root, with ip from iproute2
 """
 
 import json
@@ -12,13 +12,22 @@ import sys
 import uuid
 
 import pytest
-
 from conftest import ROOT
 from test_comal import wait_until
 from training_fixtures import read, relative_difference
 
-SETTINGS = {"RECIPE": "demo", "ROUNDS": "1", "SPLITS": "1", "MAX_JUDGE_TOKENS": "1000", "NUM_EPOCHS": "1",
-            "GPUS": "none", "REPORT_TO": "none", "NODES": "2", "MASTER_ADDR": "10.77.0.1", "OMP_NUM_THREADS": "1"}
+SETTINGS = {
+    "RECIPE": "demo",
+    "ROUNDS": "1",
+    "SPLITS": "1",
+    "MAX_JUDGE_TOKENS": "1000",
+    "NUM_EPOCHS": "1",
+    "GPUS": "none",
+    "REPORT_TO": "none",
+    "NODES": "2",
+    "MASTER_ADDR": "10.77.0.1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def ip(*arguments):
@@ -54,11 +63,27 @@ def experiment(demo_models):
 
 
 def start(machines, rank, name, models, log, **settings):
-    environment = os.environ | SETTINGS | {"NAME": f"{name}/run", "DEMO_MODELS": str(models), "NODE_RANK": str(rank),
-                                           "PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": f"cable{rank}"} | settings
+    environment = (
+        os.environ
+        | SETTINGS
+        | {
+            "NAME": f"{name}/run",
+            "DEMO_MODELS": str(models),
+            "NODE_RANK": str(rank),
+            "PYTHON": sys.executable,
+            "GLOO_SOCKET_IFNAME": f"cable{rank}",
+        }
+        | settings
+    )
     with open(log, "w") as output:
-        return subprocess.Popen(["ip", "netns", "exec", machines[rank], "bash", "comal.sh"], cwd=ROOT, env=environment,
-                                stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            ["ip", "netns", "exec", machines[rank], "bash", "comal.sh"],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def test_two_machines_run_the_loop_together(machines, experiment, demo_models, tmp_path):
@@ -68,25 +93,69 @@ def test_two_machines_run_the_loop_together(machines, experiment, demo_models, t
     for process in processes:
         assert process.wait(timeout=600) == 0, "\n".join(log.read_text()[-3000:] for log in logs)
     run, texts = ROOT / "exps" / experiment / "run", [log.read_text() for log in logs]
-    assert "waits for node 0 to begin" in texts[1] and "node 1 has no more to do" in texts[1] and "done after" in texts[0]
-    assert texts[1].count("stage training") == texts[1].count("stage logprobs") == 1 and "stage sampling" not in texts[1]
+    assert (
+        "waits for node 0 to begin" in texts[1] and "node 1 has no more to do" in texts[1] and "done after" in texts[0]
+    )
+    assert (
+        texts[1].count("stage training") == texts[1].count("stage logprobs") == 1 and "stage sampling" not in texts[1]
+    )
     wait_until(lambda: not (run / ".node0").exists(), 15)
     # The same as on one machine, up to the order of sums.
     iteration = run / "iter0"
-    subprocess.run([sys.executable, "get_logprobs.py", "--model", demo_models / "policy", "--reference", demo_models / "policy", "--input",
-                    iteration / "test.pairs.jsonl", "--output", tmp_path / "alone.jsonl", "--max_length", "128"],
-                   cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "get_logprobs.py",
+            "--model",
+            demo_models / "policy",
+            "--reference",
+            demo_models / "policy",
+            "--input",
+            iteration / "test.pairs.jsonl",
+            "--output",
+            tmp_path / "alone.jsonl",
+            "--max_length",
+            "128",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     for one, other in zip(read(iteration / "data/test.jsonl"), read(tmp_path / "alone.jsonl"), strict=True):
         for name in ("last_chosen_logp", "ref_rejected_logp"):
             assert one[name] == pytest.approx(other[name], abs=1e-4)
     settings = json.loads((iteration / "ckpt/training.json").read_text())
-    command = [sys.executable, "inpo.py", "--input", iteration / "data/train.jsonl", "--output", tmp_path / "ckpt", "--model",
-               demo_models / "policy"]
-    for flag in ("eta", "tau_eta_ratio", "soft_labels", "learning_rate", "num_epochs", "warmup_ratio", "global_batch_size",
-                 "micro_batch_tokens", "max_length", "max_grad_norm", "seed"):
+    command = [
+        sys.executable,
+        "inpo.py",
+        "--input",
+        iteration / "data/train.jsonl",
+        "--output",
+        tmp_path / "ckpt",
+        "--model",
+        demo_models / "policy",
+    ]
+    for flag in (
+        "eta",
+        "tau_eta_ratio",
+        "soft_labels",
+        "learning_rate",
+        "num_epochs",
+        "warmup_ratio",
+        "global_batch_size",
+        "micro_batch_tokens",
+        "max_length",
+        "max_grad_norm",
+        "seed",
+    ):
         command += [f"--{flag}", str(settings[flag])]
-    subprocess.run([*map(str, command), "--select", "last", "--report_to", "none"], cwd=ROOT, check=True, capture_output=True)
-    losses = [[row["loss"] for row in read(folder / "metrics.jsonl") if "loss" in row] for folder in (iteration / "ckpt", tmp_path / "ckpt")]
+    subprocess.run(
+        [*map(str, command), "--select", "last", "--report_to", "none"], cwd=ROOT, check=True, capture_output=True
+    )
+    losses = [
+        [row["loss"] for row in read(folder / "metrics.jsonl") if "loss" in row]
+        for folder in (iteration / "ckpt", tmp_path / "ckpt")
+    ]
     assert relative_difference(*losses) < 1e-3
 
 
@@ -108,9 +177,19 @@ def test_the_others_end_when_node_0_does(machines, experiment, demo_models, tmp_
 
 
 def test_the_address_of_node_0_is_needed(tmp_path):
-    plan = subprocess.run(["bash", "comal.sh", "--plan"], cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | {"RECIPE": "demo", "NODES": "2", "MASTER_ADDR": ""})
+    plan = subprocess.run(
+        ["bash", "comal.sh", "--plan"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"RECIPE": "demo", "NODES": "2", "MASTER_ADDR": ""},
+    )
     assert plan.returncode == 1 and "MASTER_ADDR, the address of node 0, is not set" in plan.stderr
-    plan = subprocess.run(["bash", "comal.sh", "--plan"], cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | {"RECIPE": "demo", "NODES": "2", "NODE_RANK": "2"})
+    plan = subprocess.run(
+        ["bash", "comal.sh", "--plan"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"RECIPE": "demo", "NODES": "2", "NODE_RANK": "2"},
+    )
     assert plan.returncode == 1 and "NODE_RANK=2 should be less than NODES=2" in plan.stderr

@@ -1,6 +1,6 @@
 """Sampling and scoring on a Ray cluster of two nodes, of which an actor and then a node are lost on the way.
 
-    pip install ray; python -m pytest tests/test_ray.py
+pip install ray; python -m pytest tests/test_ray.py
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, ChunkWork
 
 import ray_workers
-from conftest import ROOT, ChunkWork
 from workers import PoolConfig
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is optional: pip install ray")
@@ -25,7 +25,9 @@ cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is optional
 def cluster():
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # of the actors
     with contextlib.ExitStack() as stack:
-        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster = cluster_utils.Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
         stack.callback(cluster.shutdown)
         cluster.second = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
@@ -33,8 +35,14 @@ def cluster():
 
 
 def start(*arguments, **environment):
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=os.environ | environment)
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | environment,
+    )
 
 
 def finish(process):
@@ -61,13 +69,37 @@ def wait_for(condition, process, seconds=180):
 
 
 def test_an_actor_and_a_node_are_lost(cluster, demo_models, tmp_path):
-    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for split in ("train_0", "train_1", "test", "eval")
-                                 for line in open(demo_models / f"prompts/{split}.jsonl", encoding="utf-8")))
+    prompts = list(
+        dict.fromkeys(
+            json.loads(line)["prompt"]
+            for split in ("train_0", "train_1", "test", "eval")
+            for line in open(demo_models / f"prompts/{split}.jsonl", encoding="utf-8")
+        )
+    )
     source, there, here = (tmp_path / f"{name}.jsonl" for name in ("prompts", "ray", "local"))
-    source.write_text("".join(json.dumps({"prompt": f"{prompt} Trip {k}."}) + "\n"
-                              for k in range(12) for prompt in prompts), encoding="utf-8")
-    arguments = ["sampling.py", "--model", demo_models / "policy", "--input", source, "--num_samples", "3", "--temperature", "1",
-                 "--max_prompt_tokens", "128", "--max_new_tokens", "64", "--gpus", "none", "--chunk_size", "16"]
+    source.write_text(
+        "".join(json.dumps({"prompt": f"{prompt} Trip {k}."}) + "\n" for k in range(12) for prompt in prompts),
+        encoding="utf-8",
+    )
+    arguments = [
+        "sampling.py",
+        "--model",
+        demo_models / "policy",
+        "--input",
+        source,
+        "--num_samples",
+        "3",
+        "--temperature",
+        "1",
+        "--max_prompt_tokens",
+        "128",
+        "--max_new_tokens",
+        "64",
+        "--gpus",
+        "none",
+        "--chunk_size",
+        "16",
+    ]
     finish(start(*arguments, "--output", here))
     partial = tmp_path / "ray.jsonl.partial"
     finished = lambda: len(partial.read_bytes().splitlines()) - 1 if partial.exists() else 0  # noqa: E731
@@ -89,15 +121,47 @@ def test_scoring_with_what_is_left_of_the_cluster(cluster, demo_models, tmp_path
     source = tmp_path / "samples.jsonl"
     with open(demo_models / "prompts/test.jsonl", encoding="utf-8") as file:
         prompts = [json.loads(line)["prompt"] for line in file]
-    source.write_text("".join(json.dumps({"prompt_id": str(i), "prompt": prompt, "prompt_token_ids": [1], "samples": [
-        {"text": text, "token_ids": [3], "finish_reason": "stop"} for text in ("The sea.", "A city.")]}) + "\n"
-        for i, prompt in enumerate(prompts)), encoding="utf-8")
-    arguments = ["scoring.py", "--judge", demo_models / "judge", "--input", source, "--max_prompt_tokens", "1000", "--gpus", "none"]
+    source.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt_id": str(i),
+                    "prompt": prompt,
+                    "prompt_token_ids": [1],
+                    "samples": [
+                        {"text": text, "token_ids": [3], "finish_reason": "stop"} for text in ("The sea.", "A city.")
+                    ],
+                }
+            )
+            + "\n"
+            for i, prompt in enumerate(prompts)
+        ),
+        encoding="utf-8",
+    )
+    arguments = [
+        "scoring.py",
+        "--judge",
+        demo_models / "judge",
+        "--input",
+        source,
+        "--max_prompt_tokens",
+        "1000",
+        "--gpus",
+        "none",
+    ]
     finish(start(*arguments, "--output", tmp_path / "here.jsonl"))
     finish(start(*arguments, "--output", tmp_path / "there.jsonl", "--engine", "ray", RAY_ADDRESS=cluster.address))
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
-    process = start(*arguments, "--output", tmp_path / "o.jsonl", "--engine", "ray", "--gpus_per_worker", "2",
-                    RAY_ADDRESS=cluster.address)
+    process = start(
+        *arguments,
+        "--output",
+        tmp_path / "o.jsonl",
+        "--engine",
+        "ray",
+        "--gpus_per_worker",
+        "2",
+        RAY_ADDRESS=cluster.address,
+    )
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and "--gpus_per_worker 2, but Ray's cluster has 0 GPUs" in output
 
@@ -112,8 +176,9 @@ class Fragile(ChunkWork):
 
 
 def test_the_record_that_ends_its_actor_is_found_and_no_other(cluster):
-    import ray
     import conftest
+    import ray
+
     for module in (sys.modules[__name__], conftest):
         ray.cloudpickle.register_pickle_by_value(module)
     given_up, found = [], {}
@@ -122,7 +187,9 @@ def test_the_record_that_ends_its_actor_is_found_and_no_other(cluster):
         pool = PoolConfig(engine="ray", gpus="none")
         count = ray_workers.connect(pool)
         chunks = [list(range(first, first + 8)) for first in range(0, 64, 8)]
-        for tasks, results in ray_workers.map_chunks(Fragile, iter(chunks), count, pool, lambda task, _: given_up.append(task)):
+        for tasks, results in ray_workers.map_chunks(
+            Fragile, iter(chunks), count, pool, lambda task, _: given_up.append(task)
+        ):
             found |= dict(zip(tasks, results, strict=True))
     finally:
         del os.environ["RAY_ADDRESS"]
@@ -132,7 +199,19 @@ def test_the_record_that_ends_its_actor_is_found_and_no_other(cluster):
 
 
 def test_no_cluster_is_a_plain_error(demo_models, tmp_path):
-    process = start("sampling.py", "--model", demo_models / "policy", "--input", demo_models / "prompts/test.jsonl", "--output",
-                    tmp_path / "o.jsonl", "--engine", "ray", "--gpus", "none", RAY_ADDRESS="127.0.0.1:1")
+    process = start(
+        "sampling.py",
+        "--model",
+        demo_models / "policy",
+        "--input",
+        demo_models / "prompts/test.jsonl",
+        "--output",
+        tmp_path / "o.jsonl",
+        "--engine",
+        "ray",
+        "--gpus",
+        "none",
+        RAY_ADDRESS="127.0.0.1:1",
+    )
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 1 and "no Ray cluster at 127.0.0.1:1" in output and "Traceback" not in output, output

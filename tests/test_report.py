@@ -1,6 +1,6 @@
 """report.py: the figures of a small experiment made by hand, missing and torn files, several experiments, the pages.
 
-    python -m pytest tests/test_report.py
+python -m pytest tests/test_report.py
 """
 
 import json
@@ -39,23 +39,46 @@ def score(prompt_id, order_gap, label_mass):
 
 
 def pair(prompt_id, last, ref):
-    return {"prompt_id": prompt_id, "last_chosen_logp": last[0], "last_rejected_logp": last[1],
-            "ref_chosen_logp": ref[0], "ref_rejected_logp": ref[1]}
+    return {
+        "prompt_id": prompt_id,
+        "last_chosen_logp": last[0],
+        "last_rejected_logp": last[1],
+        "ref_chosen_logp": ref[0],
+        "ref_rejected_logp": ref[1],
+    }
 
 
 def step(number, kl_last, margin=0.0):
-    return {"step": number, "loss": 1.0, "normalised_loss": 1 - number / 20, "margin": margin, "accuracy": 0.5,
-            "kl_last": kl_last, "tokens_per_s": 100.0 * number}
+    return {
+        "step": number,
+        "loss": 1.0,
+        "normalised_loss": 1 - number / 20,
+        "margin": margin,
+        "accuracy": 0.5,
+        "kl_last": kl_last,
+        "tokens_per_s": 100.0 * number,
+    }
 
 
 def comparison(prompt_id, prompt, response, baseline, win_prob):
-    return {"prompt_id": prompt_id, "prompt": prompt, "samples": [sample(response, 3), sample(baseline, 2)],
-            "win_probs": [[None, win_prob], [1 - win_prob, None]], "order_gap": 0.1, "label_mass": 1.0}
+    return {
+        "prompt_id": prompt_id,
+        "prompt": prompt,
+        "samples": [sample(response, 3), sample(baseline, 2)],
+        "win_probs": [[None, win_prob], [1 - win_prob, None]],
+        "order_gap": 0.1,
+        "label_mass": 1.0,
+    }
 
 
 def comparison_summary(win_rate, tokens):
-    return {"win_rate": win_rate, "win_rate_interval": [win_rate - 0.1, win_rate + 0.1], "mean_win_prob": 0.55,
-            "mean_win_prob_interval": [0.5, 0.6], "mean_tokens": tokens}
+    return {
+        "win_rate": win_rate,
+        "win_rate_interval": [win_rate - 0.1, win_rate + 0.1],
+        "mean_win_prob": 0.55,
+        "mean_win_prob_interval": [0.5, 0.6],
+        "mean_tokens": tokens,
+    }
 
 
 @pytest.fixture
@@ -65,40 +88,65 @@ def experiment(tmp_path):
 
 def make_experiment(path):
     """Two iterations, a round each; the reference moves behind the first, the second is complete too."""
-    write_json(path / "run.json", {"METHOD": "comal", "MODEL": MODEL, "JUDGE": "judge", "SPLITS": "1", "ROUNDS": "3",
-                                   "ETA": "0.002", "FROM": ""})
+    write_json(
+        path / "run.json",
+        {"METHOD": "comal", "MODEL": MODEL, "JUDGE": "judge", "SPLITS": "1", "ROUNDS": "3", "ETA": "0.002", "FROM": ""},
+    )
     for number in (0, 1):
         folder = path / f"iter{number}"
-        write_jsonl(folder / "train.samples.jsonl",
-                    {"prompt_id": "a", "samples": [sample("x", 10), sample("y", 20, "length")]},
-                    {"prompt_id": "b", "samples": [sample("x", 30), sample("x", 30)]})
+        write_jsonl(
+            folder / "train.samples.jsonl",
+            {"prompt_id": "a", "samples": [sample("x", 10), sample("y", 20, "length")]},
+            {"prompt_id": "b", "samples": [sample("x", 30), sample("x", 30)]},
+        )
         write_jsonl(folder / "test.samples.jsonl", {"prompt_id": "c", "samples": [sample("x", 5), sample("y", 1)]})
         write_jsonl(folder / "train.scores.jsonl", score("a", 0.2, 0.9), score("b", None, None))
         write_jsonl(folder / "test.scores.jsonl", score("c", 0.4, 1.0))
         write_jsonl(folder / "train.pairs.jsonl", {"prompt_id": "a"})
         write_jsonl(folder / "test.pairs.jsonl", {"prompt_id": "c"})
         write_jsonl(folder / "data" / "test.jsonl", pair("c", (-4.0, -8.0), (-5.0, -8.5)))
-        write_jsonl(folder / "ckpt" / "metrics.jsonl", *(step(number, kl_last=number / 10) for number in range(1, 21)),
-                    {"step": 20, "validation_loss": 1.0, "validation_normalised_loss": 0.7, "validation_margin": 2.0,
-                     "validation_accuracy": 0.8})
+        write_jsonl(
+            folder / "ckpt" / "metrics.jsonl",
+            *(step(number, kl_last=number / 10) for number in range(1, 21)),
+            {
+                "step": 20,
+                "validation_loss": 1.0,
+                "validation_normalised_loss": 0.7,
+                "validation_margin": 2.0,
+                "validation_accuracy": 0.8,
+            },
+        )
         write_json(folder / "ckpt" / "DONE", {})
-        write_jsonl(folder / "logs" / "times.jsonl", {"stage": "sampling", "seconds": 30},
-                    {"stage": "training", "seconds": 60}, {"stage": "sampling", "seconds": 90})
+        write_jsonl(
+            folder / "logs" / "times.jsonl",
+            {"stage": "sampling", "seconds": 30},
+            {"stage": "training", "seconds": 60},
+            {"stage": "sampling", "seconds": 90},
+        )
         write_json(folder / "eval" / "vs_start.json", comparison_summary(0.6 + number / 10, [12, 10]))
         write_json(folder / "eval" / "vs_previous.json", comparison_summary(0.55, [12, 11]))
-        write_jsonl(folder / "eval" / "vs_start.jsonl",
-                    comparison("e1", "<script>alert(1)</script>", "<b>new</b> & more", "old", 0.75),
-                    comparison("e2", "second", "two", "one", 0.5))
-        write_jsonl(folder / "eval" / "vs_previous.jsonl",
-                    comparison("e1", "<script>alert(1)</script>", "<b>new</b> & more", "before", 0.25),
-                    comparison("e2", "second", "two", "one", 0.5))
+        write_jsonl(
+            folder / "eval" / "vs_start.jsonl",
+            comparison("e1", "<script>alert(1)</script>", "<b>new</b> & more", "old", 0.75),
+            comparison("e2", "second", "two", "one", 0.5),
+        )
+        write_jsonl(
+            folder / "eval" / "vs_previous.jsonl",
+            comparison("e1", "<script>alert(1)</script>", "<b>new</b> & more", "before", 0.25),
+            comparison("e2", "second", "two", "one", 0.5),
+        )
         write_json(folder / "next.json", {"policy": f"{path}/iter{number}/ckpt", "reference": f"{path}/iter0/ckpt"})
     write_jsonl(path / "iter1" / "train.scores.skipped.jsonl", {"prompt_id": "z", "skipped": "too long"})
     # Under the start policy the pair's log-probabilities are -7 and -10: (-4 + 7 - 8 + 10)/2 = 2.5.
     write_jsonl(path / "iter1" / "eval" / "start_logps.jsonl", pair("c", (-7.0, -10.0), (0.0, 0.0)))
-    write_json(path / "game.json", [{"iteration": "start", "duality_gap": 0.5, "other": 0.1},
-                                    {"iteration": 0, "duality_gap": 0.3, "other": 0.2},
-                                    {"iteration": 1, "duality_gap": 0.4, "other": 0.05}])
+    write_json(
+        path / "game.json",
+        [
+            {"iteration": "start", "duality_gap": 0.5, "other": 0.1},
+            {"iteration": 0, "duality_gap": 0.3, "other": 0.2},
+            {"iteration": 1, "duality_gap": 0.4, "other": 0.05},
+        ],
+    )
     return path
 
 
@@ -135,16 +183,26 @@ def test_summary_has_the_figures_computed_by_hand(experiment):
     assert (second["response_tokens"], second["length_change"]) == (12, pytest.approx(0.2))
     assert [row["duality_gap"] for row in (first, second)] == [0.3, 0.4]
     assert found["start"] == {"duality_gap": 0.5, "other": 0.1, "response_tokens": 10}
-    assert found["validation"] == [{"iteration": 1.0, "normalised_loss": 0.7, "margin": 2.0, "accuracy": 0.8},
-                                   {"iteration": 2.0, "normalised_loss": 0.7, "margin": 2.0, "accuracy": 0.8}]
+    assert found["validation"] == [
+        {"iteration": 1.0, "normalised_loss": 0.7, "margin": 2.0, "accuracy": 0.8},
+        {"iteration": 2.0, "normalised_loss": 0.7, "margin": 2.0, "accuracy": 0.8},
+    ]
     assert found["steps"][9]["iteration"] == 0.5
     assert found["state"]["finished"] == 2 and found["state"]["total"] == 3 and found["state"]["last_evaluated"] == 1
 
 
 def test_headline_shows_the_last_evaluated_iteration(experiment):
     text = report.experiment_html(*write_data_only([experiment]))
-    for expected in ("2 of 3 iterations finished", "Iteration 1, the last one evaluated", "70.0 %", "60.0 to 80.0",
-                     "55.0 %", "0.400", "2.50", "+20.0 %"):
+    for expected in (
+        "2 of 3 iterations finished",
+        "Iteration 1, the last one evaluated",
+        "70.0 %",
+        "60.0 to 80.0",
+        "55.0 %",
+        "0.400",
+        "2.50",
+        "+20.0 %",
+    ):
         assert expected in text
 
 
@@ -215,9 +273,19 @@ def test_torn_last_line_of_metrics_is_left_out(experiment):
     assert found["unread"] == []  # that line is being written
 
 
-@pytest.mark.parametrize("name", ["run.json", "game.json", "iter0/next.json", "iter0/eval/vs_start.json",
-                                  "iter0/train.samples.jsonl", "iter0/data/test.jsonl", "iter0/logs/times.jsonl",
-                                  "iter0/eval/vs_start.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "game.json",
+        "iter0/next.json",
+        "iter0/eval/vs_start.json",
+        "iter0/train.samples.jsonl",
+        "iter0/data/test.jsonl",
+        "iter0/logs/times.jsonl",
+        "iter0/eval/vs_start.jsonl",
+    ],
+)
 @pytest.mark.parametrize("content", [b"", b'{"prompt_id": "a", "sam', b'{"prompt_id": "a"}\n', b"[3]\n"])
 def test_damaged_files_are_tolerated(experiment, name, content):
     (experiment / name).write_bytes(content)
@@ -323,8 +391,11 @@ def test_responses_are_the_first_ones(experiment):
     files = report.Files(experiment / "cache.json")
     found = report.read_experiment(experiment, files)
     (row,) = report.read_responses(experiment, files, found, num_prompts=1)
-    assert (row["start"]["text"], row["previous"]["text"], row["current"]["text"]) == ("old", "before",
-                                                                                       "<b>new</b> & more")
+    assert (row["start"]["text"], row["previous"]["text"], row["current"]["text"]) == (
+        "old",
+        "before",
+        "<b>new</b> & more",
+    )
     assert (row["win_prob_start"], row["win_prob_previous"]) == (0.75, 0.25)
     assert list(comparison_rows([comparison("a", "p", "r", "b", 0.3), {}], limit=1)) == ["a"]
 
@@ -336,10 +407,10 @@ def test_two_experiments_are_laid_over_each_other(experiment, tmp_path):
     assert index == tmp_path / "out" / "index.html"
     assert [found["name"] for found in summary_of(index)] == ["first", "second"]
     source = index.read_text()
-    figure = source[source.index("<figure><h3>Win rate against the start"):].partition("</figure>")[0]
+    figure = source[source.index("<figure><h3>Win rate against the start") :].partition("</figure>")[0]
     assert "first" in figure and "second" in figure
     assert all(figure.count(f"stroke: {colour}") >= 2 for colour in plots.COLOURS[:2])
-    settings = source[source.index("<h2>Settings"):]
+    settings = source[source.index("<h2>Settings") :]
     assert '<tr class="differs"><th class="first">METHOD' in settings
     assert '<tr><th class="first">MODEL' in settings
 

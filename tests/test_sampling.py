@@ -1,12 +1,12 @@
 """sampling.py: flags with a value a file, and files through real worker processes with a stand-in for the engine.
 
-    python -m pytest tests/test_sampling.py
+python -m pytest tests/test_sampling.py
 """
 
 import pytest
+from conftest import ChunkWork
 
 import sampling
-from conftest import ChunkWork
 from sampling import per_file
 from utils import StageError, read_jsonl
 
@@ -18,24 +18,35 @@ class EchoSampler(ChunkWork):
         self.config, self.num_samples, self.temperature = config, num_samples, temperature
 
     def __call__(self, tasks):
-        return [{"prompt_id": record["prompt_id"], "skipped": "too long"} if record["prompt"] == "skip" else
-                {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "samples": self.samples(job)}
-                for job, record in tasks]
+        return [
+            {"prompt_id": record["prompt_id"], "skipped": "too long"}
+            if record["prompt"] == "skip"
+            else {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "samples": self.samples(job)}
+            for job, record in tasks
+        ]
 
     def samples(self, job):
         return [{"text": f"{self.config.model} at {self.temperature[job]}"}] * self.num_samples[job]
 
 
-@pytest.mark.parametrize("value, kind, count, expected", [
-    ("5", int, 1, [5]), ("5", int, 3, [5, 5, 5]), ("5, 1", int, 2, [5, 1]), ("0.8,1", float, 2, [0.8, 1.0])])
+@pytest.mark.parametrize(
+    "value, kind, count, expected",
+    [("5", int, 1, [5]), ("5", int, 3, [5, 5, 5]), ("5, 1", int, 2, [5, 1]), ("0.8,1", float, 2, [0.8, 1.0])],
+)
 def test_per_file_repeats_one_value_and_keeps_one_each(value, kind, count, expected):
     assert per_file("flag", value, kind, count) == expected
 
 
-@pytest.mark.parametrize("value, count, message", [
-    ("5,1", 3, "--num_samples has 2 values for 3 input files"), ("5,1", 1, "--num_samples has 2 values for 1"),
-    ("", 1, "--num_samples has 0 values"), ("five", 1, "takes numbers .int., got 'five'"),
-    ("0.5", 1, "takes numbers .int., got '0.5'")])
+@pytest.mark.parametrize(
+    "value, count, message",
+    [
+        ("5,1", 3, "--num_samples has 2 values for 3 input files"),
+        ("5,1", 1, "--num_samples has 2 values for 1"),
+        ("", 1, "--num_samples has 0 values"),
+        ("five", 1, "takes numbers .int., got 'five'"),
+        ("0.5", 1, "takes numbers .int., got '0.5'"),
+    ],
+)
 def test_per_file_refuses(value, count, message):
     with pytest.raises(StageError, match=message):
         per_file("num_samples", value, int, count)
@@ -43,12 +54,20 @@ def test_per_file_refuses(value, count, message):
 
 def test_main_samples_each_file_with_its_own_settings(some_model, jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "Sampler", EchoSampler)
-    train = jsonl("train.jsonl", {"prompt": "x"}, {"prompt": "skip", "prompt_id": "b"},
-                  {"prompt": "z\u2028", "prompt_id": "c"})
+    train = jsonl(
+        "train.jsonl", {"prompt": "x"}, {"prompt": "skip", "prompt_id": "b"}, {"prompt": "z\u2028", "prompt_id": "c"}
+    )
     test = jsonl("test.jsonl", {"prompt": "x"})
     outputs = [tmp_path / "train.samples.jsonl", tmp_path / "test.samples.jsonl"]
-    sampling.main(f"{train},{test}", ",".join(map(str, outputs)), num_samples="3,1", temperature="0.8,0", model=some_model,
-                  gpus="none", chunk_size=2)
+    sampling.main(
+        f"{train},{test}",
+        ",".join(map(str, outputs)),
+        num_samples="3,1",
+        temperature="0.8,0",
+        model=some_model,
+        gpus="none",
+        chunk_size=2,
+    )
     first, second = (list(read_jsonl(path)) for path in outputs)
     assert [record["prompt_id"] for record in first] == ["2d711642b726b044", "c"]  # the first is made from the text
     assert [record["prompt"] for record in first] == ["x", "z\u2028"]

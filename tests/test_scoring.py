@@ -1,21 +1,25 @@
 """scoring.py: files through real worker processes, with a stand-in for the judge.
 
-    python -m pytest tests/test_scoring.py
+python -m pytest tests/test_scoring.py
 """
 
 import json
 
 import pytest
+from conftest import LengthJudge
 
 import judges
 import scoring
-from conftest import LengthJudge
 from utils import StageError, read_jsonl
 
 
 def samples(prompt_id, *texts, prompt="x"):
-    return {"prompt_id": prompt_id, "prompt": prompt, "prompt_token_ids": [1, 2], "samples":
-            [{"text": text, "token_ids": [3] * len(text), "finish_reason": "stop"} for text in texts]}
+    return {
+        "prompt_id": prompt_id,
+        "prompt": prompt,
+        "prompt_token_ids": [1, 2],
+        "samples": [{"text": text, "token_ids": [3] * len(text), "finish_reason": "stop"} for text in texts],
+    }
 
 
 @pytest.fixture
@@ -27,24 +31,43 @@ def template(tmp_path):
 
 def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path, template, monkeypatch):
     monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
-    train = [samples("a", "yes", "no", "yes"), samples("b", "no", "no", "no"), samples("c", "x", "y", "z", prompt="skip")]
+    train = [
+        samples("a", "yes", "no", "yes"),
+        samples("b", "no", "no", "no"),
+        samples("c", "x", "y", "z", prompt="skip"),
+    ]
     test = [samples("a", "one", "three")]
     inputs = [jsonl("train.jsonl", *train), jsonl("test.jsonl", *test)]
     outputs = [tmp_path / "train.scores.jsonl", tmp_path / "test.scores.jsonl"]
-    scoring.main(",".join(map(str, inputs)), ",".join(map(str, outputs)), judge=some_model, template=template, gpus="none",
-                 chunk_size=2)
+    scoring.main(
+        ",".join(map(str, inputs)),
+        ",".join(map(str, outputs)),
+        judge=some_model,
+        template=template,
+        gpus="none",
+        chunk_size=2,
+    )
     (a, b), (c,) = (list(read_jsonl(path)) for path in outputs)
-    assert a == train[0] | {"win_probs": [[None, 0.75, 0.5], [0.25, None, 0.25], [0.5, 0.75, None]], "order_gap": 0,
-                            "label_mass": 1}
-    assert b == train[1] | {"win_probs": [[None, 0.5, 0.5], [0.5, None, 0.5], [0.5, 0.5, None]], "order_gap": None, "label_mass": None}
+    assert a == train[0] | {
+        "win_probs": [[None, 0.75, 0.5], [0.25, None, 0.25], [0.5, 0.75, None]],
+        "order_gap": 0,
+        "label_mass": 1,
+    }
+    assert b == train[1] | {
+        "win_probs": [[None, 0.5, 0.5], [0.5, None, 0.5], [0.5, 0.5, None]],
+        "order_gap": None,
+        "label_mass": None,
+    }
     assert c == test[0] | {"win_probs": [[None, 0.25], [0.75, None]], "order_gap": 0, "label_mass": 1}
     assert list(read_jsonl(tmp_path / "train.scores.skipped.jsonl")) == [{"prompt_id": "c", "skipped": "too long"}]
 
 
 def test_main_compares_policies_with_the_same_start_of_the_judge(some_model, jsonl, tmp_path, template, monkeypatch):
     monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
-    files = {name: str(jsonl(f"{name}.jsonl", samples("a", text), samples("b", "x"))) for name, text in
-             (("new", "yes"), ("start", "no"))}
+    files = {
+        name: str(jsonl(f"{name}.jsonl", samples("a", text), samples("b", "x")))
+        for name, text in (("new", "yes"), ("start", "no"))
+    }
     train = str(jsonl("train.jsonl", samples("a", "yes", "no")))
     options = dict(judge=some_model, template=template, gpus="none", responses=files["new"], baseline=files["start"])
     scoring.main(train, str(tmp_path / "scores.jsonl"), compared=str(tmp_path / "vs_start.jsonl"), **options)

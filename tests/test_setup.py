@@ -1,6 +1,6 @@
 """setup.sh and the pins, with a stand-in for Python and pip: no network, nothing is installed.
 
-    bash tests/run.sh -k setup
+bash tests/run.sh -k setup
 """
 
 import os

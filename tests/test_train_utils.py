@@ -19,6 +19,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from training_fixtures import (
+    LOGP_FIELDS,
+    ROOT,
+    column,
+    launch,
+    load,
+    make_pairs,
+    plain_logp,
+    plain_logps,
+    read,
+    relative_difference,
+    save_model,
+    words,
+    write,
+)
 from transformers import AutoTokenizer
 
 import dpo
@@ -28,8 +43,6 @@ import ipo
 import mle
 from data_utils import TOKEN_FIELDS, encode_chat, encode_text, end_token_id
 from train_utils import Trainer, local_batches, micro_batches
-from training_fixtures import (LOGP_FIELDS, ROOT, column, launch, load, make_pairs, plain_logp, plain_logps,  # noqa: F401
-                               read, relative_difference, save_model, setting_fixture, single_process_fixture, words, write)
 from utils import StageError, model_fingerprint
 
 # The margin's target is 25 nats, which the few small steps of a test do not reach: near it the loss would be a small
@@ -42,24 +55,35 @@ INPO = dict(eta=ETA, tau_eta_ratio=R, global_batch_size=11, micro_batch_tokens=2
 @pytest.fixture
 def train(setting, single_process, tmp_path):
     """A function that trains in this process, by default INPO on `setting`, and returns the output directory."""
+
     def run(main=inpo.main, output="ckpt", **flags):
         defaults = dict(model=setting.policy, input=setting.data) | (INPO if main is inpo.main else {})
         single_process(main, **(defaults | dict(output=str(tmp_path / output)) | flags))
         return tmp_path / output
+
     return run
 
 
 def pair_losses(model, records, eta=ETA, r=R):
     """The INPO loss of each pair from its definition."""
+
     def one(record):
         chosen, rejected = plain_logps(model, record)
-        margin = (chosen - r * record["ref_chosen_logp"] - (1 - r) * record["last_chosen_logp"]
-                  - rejected + r * record["ref_rejected_logp"] + (1 - r) * record["last_rejected_logp"])
+        margin = (
+            chosen
+            - r * record["ref_chosen_logp"]
+            - (1 - r) * record["last_chosen_logp"]
+            - rejected
+            + r * record["ref_rejected_logp"]
+            + (1 - r) * record["last_rejected_logp"]
+        )
         return (margin - 1 / (2 * eta)) ** 2
+
     return torch.stack([one(record) for record in records])
 
 
 # ---------------------------------------------------------------------------------------------- pure parts
+
 
 def learning_rates(total_steps, **config):
     trainer = SimpleNamespace(config=SimpleNamespace(learning_rate=8.0, **config), total_steps=total_steps)
@@ -74,13 +98,16 @@ def test_learning_rate_rises_in_the_warm_up_and_then_falls_to_zero():
     assert learning_rates(1, warmup_ratio=0.1) == [8]
 
 
-@pytest.mark.parametrize("count, size, processes",
-                         [(1, 1, 1), (8, 4, 2), (9, 4, 2), (1, 8, 8), (7, 2, 3), (32, 3, 8), (13, 1, 5)])
+@pytest.mark.parametrize(
+    "count, size, processes", [(1, 1, 1), (8, 4, 2), (9, 4, 2), (1, 8, 8), (7, 2, 3), (32, 3, 8), (13, 1, 5)]
+)
 def test_local_batches_deal_equal_rounds_and_each_example_once(count, size, processes):
     indices = random.Random(0).sample(range(100), count)
-    batches = [indices[i:i + size] for i in range(0, count, size)]
-    dealt = [list(local_batches(batches, SimpleNamespace(num_processes=processes, process_index=index)))
-             for index in range(processes)]
+    batches = [indices[i : i + size] for i in range(0, count, size)]
+    dealt = [
+        list(local_batches(batches, SimpleNamespace(num_processes=processes, process_index=index)))
+        for index in range(processes)
+    ]
     assert {len(rounds) for rounds in dealt} == {math.ceil(math.ceil(count / size) / processes)}
     assert sorted(i for rounds in dealt for batch, counts in rounds if counts for i in batch) == sorted(indices)
     assert all(0 < len(batch) <= size and set(batch) <= set(indices) for rounds in dealt for batch, _ in rounds)
@@ -102,6 +129,7 @@ def test_data_order_is_a_function_of_seed_and_epoch():
 
 # ---------------------------------------------------------------------------------------------- training
 
+
 def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, setting, tmp_path):
     # Five pairs in batches of four: the fifth makes an update of its own, with its full loss. Learning rates by hand.
     records, rates = setting.records[:5], [3e-5, 3e-5, 2e-5, 1e-5]
@@ -113,21 +141,37 @@ def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, s
         losses.mean().backward()
         with torch.no_grad():
             values = torch.tensor([plain_logps(model, record) for record in batch])  # (N, 2)
-            last, ref = (torch.tensor([[record[f"{name}_{side}_logp"] for side in ("chosen", "rejected")]
-                                       for record in batch]) for name in ("last", "ref"))
+            last, ref = (
+                torch.tensor([[record[f"{name}_{side}_logp"] for side in ("chosen", "rejected")] for record in batch])
+                for name in ("last", "ref")
+            )
             untouched = pair_losses(load(setting.policy), batch).mean().item()
         margins = (values - last)[:, 0] - (values - last)[:, 1]
-        expected.append({
-            "loss": losses.mean().item(), "normalised_loss": losses.mean().item() / untouched,
-            "margin": margins.mean().item(), "kl_last": (last - values).mean().item(),
-            "kl_ref": (values - ref).mean().item(), "accuracy": (margins > 0).float().mean().item(), "learning_rate": rate,
-            "grad_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()})
+        expected.append(
+            {
+                "loss": losses.mean().item(),
+                "normalised_loss": losses.mean().item() / untouched,
+                "margin": margins.mean().item(),
+                "kl_last": (last - values).mean().item(),
+                "kl_ref": (values - ref).mean().item(),
+                "accuracy": (margins > 0).float().mean().item(),
+                "learning_rate": rate,
+                "grad_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item(),
+            }
+        )
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
 
-    output = train(input=write(tmp_path / "five.jsonl", records), global_batch_size=4, micro_batch_tokens=150, num_epochs=2,
-                   warmup_ratio=0.25, shuffle=False, max_grad_norm=1.0)
+    output = train(
+        input=write(tmp_path / "five.jsonl", records),
+        global_batch_size=4,
+        micro_batch_tokens=150,
+        num_epochs=2,
+        warmup_ratio=0.25,
+        shuffle=False,
+        max_grad_norm=1.0,
+    )
     for name in ("loss", "normalised_loss", "grad_norm", "learning_rate"):
         assert relative_difference(column(output, name), [step[name] for step in expected]) < FLOAT32, name
     for name in ("margin", "kl_last", "kl_ref"):  # in nats; measured: under 5e-6
@@ -145,8 +189,10 @@ def test_training_starts_at_the_last_policy_and_its_loss_falls(train, setting, c
     off = float(caplog.text.split("off by at most ")[1].split(" nats")[0])
     distance = abs(column(output, "normalised_loss")[0] - 1)
     with capsys.disabled():
-        print(f" [float32: stored log-probabilities off by {off:.1e} nats, normalised loss from 1 by {distance:.1e}] ",
-              end="")
+        print(
+            f" [float32: stored log-probabilities off by {off:.1e} nats, normalised loss from 1 by {distance:.1e}] ",
+            end="",
+        )
     assert off < 1e-4  # measured: 4e-6, sums of up to 160 nats
     assert distance < 1e-6  # measured: 3e-8; 2e-7 with other settings
     losses = column(output, "loss")
@@ -156,12 +202,28 @@ def test_training_starts_at_the_last_policy_and_its_loss_falls(train, setting, c
 
 def test_metrics_and_files_of_a_checkpoint(train, setting):
     output = train(max_grad_norm=1.0, global_batch_size=4, num_epochs=2)
-    assert {path.name for path in output.iterdir()} == {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
+    assert {path.name for path in output.iterdir()} == {
+        "model",
+        "DONE",
+        "metrics.jsonl",
+        "training.json",
+        "tensorboard",
+    }
     steps = read(output / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     for step in steps:
-        assert set(step) == {"step", "loss", "normalised_loss", "margin", "accuracy", "kl_last", "kl_ref", "grad_norm",
-                             "learning_rate", "tokens_per_s"}
+        assert set(step) == {
+            "step",
+            "loss",
+            "normalised_loss",
+            "margin",
+            "accuracy",
+            "kl_last",
+            "kl_ref",
+            "grad_norm",
+            "learning_rate",
+            "tokens_per_s",
+        }
     training = json.loads((output / "training.json").read_text())
     assert training["learning_rate"] == 3e-5 and {"torch", "transformers", "accelerate", "commit"} <= set(training)
     assert json.loads((output / "DONE").read_text()) == {"updates": 6}
@@ -190,7 +252,9 @@ def test_checkpoint_loads_and_holds_tied_weights_once_in_float32(train, setting)
 
 def test_checkpoint_of_an_untied_model_has_its_own_head(train, setting, single_process, tmp_path):
     model = save_model(tmp_path / "untied", setting.config, seed=3, tie_word_embeddings=False)
-    single_process(get_logprobs.main, model=model, reference=model, input=setting.pairs, output=str(tmp_path / "data.jsonl"))
+    single_process(
+        get_logprobs.main, model=model, reference=model, input=setting.pairs, output=str(tmp_path / "data.jsonl")
+    )
     output = train(model=model, input=str(tmp_path / "data.jsonl"))
     tensors = saved_tensors(output / "model")
     assert tensors.keys() == load(model).state_dict().keys()
@@ -200,20 +264,31 @@ def test_checkpoint_of_an_untied_model_has_its_own_head(train, setting, single_p
 def swap(record):
     """The pair with the label the other way round: training on one makes the other worse."""
     other = {"chosen": "rejected", "rejected": "chosen"}
-    return {name.replace(side, other[side]) if (side := next((s for s in other if s in name), None)) else name: value
-            for name, value in record.items()}
+    return {
+        name.replace(side, other[side]) if (side := next((s for s in other if s in name), None)) else name: value
+        for name, value in record.items()
+    }
 
 
 @pytest.mark.parametrize("select", ["best", "last"])
 def test_lowest_validation_loss_selects_the_checkpoint(train, setting, tmp_path, select):
     validation = [swap(record) for record in setting.records]
-    output = train(validation=write(tmp_path / "validation.jsonl", validation), eval_steps=2, global_batch_size=4,
-                   num_epochs=2, select=select, keep_last=select == "best")
+    output = train(
+        validation=write(tmp_path / "validation.jsonl", validation),
+        eval_steps=2,
+        global_batch_size=4,
+        num_epochs=2,
+        select=select,
+        keep_last=select == "best",
+    )
     steps = [record["step"] for record in read(output / "metrics.jsonl") if "validation_loss" in record]
     assert steps == [2, 3, 4, 6]  # every second one and each epoch's end
     losses = column(output, "validation_loss")
     assert losses[0] == min(losses) and losses[-1] > 1.1 * losses[0]
-    assert json.loads((output / "DONE").read_text()) == {"updates": 6, "best": {"step": 2, "validation_loss": losses[0]}}
+    assert json.loads((output / "DONE").read_text()) == {
+        "updates": 6,
+        "best": {"step": 2, "validation_loss": losses[0]},
+    }
     kept = {"best": [("model", losses[0]), ("last", losses[-1])], "last": [("model", losses[-1])]}[select]
     for name, loss in kept:
         with torch.no_grad():
@@ -222,14 +297,17 @@ def test_lowest_validation_loss_selects_the_checkpoint(train, setting, tmp_path,
 
 
 def test_losses_do_not_depend_on_the_micro_batches(train):
-    runs = [column(train(output=f"micro{tokens}", micro_batch_tokens=tokens, global_batch_size=8), "loss")
-            for tokens in (0, 150, 10_000)]
+    runs = [
+        column(train(output=f"micro{tokens}", micro_batch_tokens=tokens, global_batch_size=8), "loss")
+        for tokens in (0, 150, 10_000)
+    ]
     assert len(runs[0]) == 8 and len(set(runs[0])) == 8
     assert relative_difference(runs[1], runs[0]) < FLOAT32 and relative_difference(runs[2], runs[0]) < FLOAT32
 
 
 def test_gradient_checkpointing_gives_the_same_losses(train, monkeypatch):
     from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+
     calls = []
     forward = Qwen2Attention.forward
     monkeypatch.setattr(Qwen2Attention, "forward", lambda *args, **kwargs: calls.append(0) or forward(*args, **kwargs))
@@ -244,18 +322,23 @@ def test_gradient_checkpointing_gives_the_same_losses(train, monkeypatch):
 
 def pair_loss_at_start(record, method, soft):
     """What the data file alone says about the loss of the last policy."""
+
     def difference(name):
         return record[f"{name}_chosen_logp"] - record[f"{name}_rejected_logp"]
+
     last, ref = difference("last"), difference("ref")
     p = record["win_prob"] if soft else 1
     target = (2 * p - 1) / (2 * ETA)
-    return {"inpo": (R * (last - ref) - target) ** 2,  # the share 1 - R of the last policy itself cancels
-            "ipo": (last - ref - target) ** 2,
-            "dpo": math.log1p(math.exp(-BETA * (last - ref))) + (1 - p) * BETA * (last - ref)}[method]
+    return {
+        "inpo": (R * (last - ref) - target) ** 2,  # the share 1 - R of the last policy itself cancels
+        "ipo": (last - ref - target) ** 2,
+        "dpo": math.log1p(math.exp(-BETA * (last - ref))) + (1 - p) * BETA * (last - ref),
+    }[method]
 
 
-@pytest.mark.parametrize("method, soft", [("inpo", False), ("inpo", True), ("ipo", False), ("ipo", True),
-                                          ("dpo", False), ("dpo", True)])
+@pytest.mark.parametrize(
+    "method, soft", [("inpo", False), ("inpo", True), ("ipo", False), ("ipo", True), ("dpo", False), ("dpo", True)]
+)
 def test_first_loss_of_every_method_by_hand(train, setting, method, soft):
     main = {"inpo": inpo.main, "ipo": ipo.main, "dpo": dpo.main}[method]
     own = {"inpo": dict(eta=ETA, tau_eta_ratio=R), "ipo": dict(eta=ETA), "dpo": dict(beta=BETA)}[method]
@@ -269,8 +352,16 @@ def test_first_loss_of_every_method_by_hand(train, setting, method, soft):
 # ---------------------------------------------------------------------------------------------- stopped and resumed
 
 # Eight updates of six and five pairs; a resume point behind each third one, a validation behind each second one.
-RESUMED = dict(eta=ETA, tau_eta_ratio=R, global_batch_size=6, micro_batch_tokens=150, num_epochs=4, learning_rate=3e-5,
-               max_grad_norm=1.0, save_steps=3)
+RESUMED = dict(
+    eta=ETA,
+    tau_eta_ratio=R,
+    global_batch_size=6,
+    micro_batch_tokens=150,
+    num_epochs=4,
+    learning_rate=3e-5,
+    max_grad_norm=1.0,
+    save_steps=3,
+)
 LINES = 12  # of metrics.jsonl: 8 updates, 4 validations
 FILES = {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
 
@@ -278,9 +369,14 @@ FILES = {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
 def start(output, **flags):
     """inpo.py in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    return subprocess.Popen([sys.executable, "inpo.py", *words(**(RESUMED | flags | {"output": output}))], cwd=ROOT,
-                            env=environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "inpo.py", *words(**(RESUMED | flags | {"output": output}))],
+        cwd=ROOT,
+        env=environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finish(output, **flags):
@@ -294,7 +390,9 @@ def kill_at(line, output, **flags):
     """SIGKILL inpo.py as soon as metrics.jsonl has so many lines and there is a resume point."""
     process = start(output, **flags)
     metrics = output / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= line and list(output.glob("resume-*/progress.json"))):
+    while not (
+        metrics.exists() and metrics.read_bytes().count(b"\n") >= line and list(output.glob("resume-*/progress.json"))
+    ):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -306,8 +404,13 @@ def check_same_result(output, expected):
     """Equal to the last bit, and nothing is left."""
     weights = [(directory / "model/model.safetensors").read_bytes() for directory in (output, expected)]
     assert weights[0] == weights[1]
-    metrics = [[{name: value for name, value in record.items() if not name.endswith("tokens_per_s")}
-                for record in read(directory / "metrics.jsonl")] for directory in (output, expected)]
+    metrics = [
+        [
+            {name: value for name, value in record.items() if not name.endswith("tokens_per_s")}
+            for record in read(directory / "metrics.jsonl")
+        ]
+        for directory in (output, expected)
+    ]
     assert metrics[0] == metrics[1] and len(metrics[0]) == LINES
     assert (output / "DONE").read_text() == (expected / "DONE").read_text()
     assert {path.name for path in output.iterdir()} == FILES
@@ -320,8 +423,11 @@ def undisturbed(setting, tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
     swapped = write(directory / "swapped.jsonl", [swap(record) for record in setting.records])
     runs = {}
-    for name, select, validation in (("best", "best", setting.data), ("swapped", "best", swapped),
-                                     ("last", "last", setting.data)):
+    for name, select, validation in (
+        ("best", "best", setting.data),
+        ("swapped", "best", swapped),
+        ("last", "last", setting.data),
+    ):
         flags = dict(model=setting.policy, input=setting.data, validation=validation, select=select)
         code, printed = finish(directory / name, **(flags | {"save_steps": 0}))
         assert code == 0, printed
@@ -351,6 +457,7 @@ def umask():
 @pytest.fixture
 def stopped(train, monkeypatch):
     """A function that trains in this process as `undisturbed` did and is stopped where `method` would run for the n-th time."""
+
     def run(method, count=1, **flags):
         calls, original = [], getattr(Trainer, method)
 
@@ -359,9 +466,11 @@ def stopped(train, monkeypatch):
             if len(calls) == count:
                 raise KeyboardInterrupt
             return original(self, *args)
+
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Trainer, method, stop)
             train(**(RESUMED | flags))
+
     return run
 
 
@@ -387,6 +496,7 @@ def test_a_stop_between_the_weights_and_the_marker_is_mended(undisturbed, train,
         if path.name == "DONE":
             raise KeyboardInterrupt
         path.write_text(text)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("train_utils.write_text", stop)
         train(**(RESUMED | run.flags))
@@ -397,27 +507,43 @@ def test_a_stop_between_the_weights_and_the_marker_is_mended(undisturbed, train,
 
 def test_only_the_newest_resume_point_and_the_best_weights_are_kept(undisturbed, stopped, tmp_path):
     stopped("update", 8, **undisturbed["swapped"].flags)
-    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"resume-6", "best-2", "metrics.jsonl", "training.json",
-                                                                "tensorboard"}
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {
+        "resume-6",
+        "best-2",
+        "metrics.jsonl",
+        "training.json",
+        "tensorboard",
+    }
 
 
 def test_without_resume_points_training_begins_again(undisturbed, train, stopped, tmp_path):
     run = undisturbed["best"]
     stopped("update", 6, **(run.flags | {"save_steps": 0}))
-    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"best-4", "metrics.jsonl", "training.json", "tensorboard"}
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {
+        "best-4",
+        "metrics.jsonl",
+        "training.json",
+        "tensorboard",
+    }
     check_same_result(train(**(RESUMED | run.flags | {"save_steps": 0})), run.output)
 
 
-def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(undisturbed, train, stopped, setting, tmp_path):
+def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(
+    undisturbed, train, stopped, setting, tmp_path
+):
     flags = undisturbed["last"].flags
     data = write(tmp_path / "data.jsonl", setting.records)
     stopped("update", 5, **(flags | {"input": data}))
     before = {path.name for path in (tmp_path / "ckpt").iterdir()}
     again = RESUMED | flags | {"input": data}
-    message = r"unfinished run with other settings \(learning_rate: 3e-05 then, 2e-05 now\); use those again, or remove it"
+    message = (
+        r"unfinished run with other settings \(learning_rate: 3e-05 then, 2e-05 now\); use those again, or remove it"
+    )
     with pytest.raises(StageError, match=message):
         train(**(again | {"learning_rate": 2e-5}))
-    with pytest.raises(StageError, match=r"other settings \(eta: .*; contents of --model: '\w{16}' then, '\w{16}' now\)"):
+    with pytest.raises(
+        StageError, match=r"other settings \(eta: .*; contents of --model: '\w{16}' then, '\w{16}' now\)"
+    ):
         train(**(again | {"model": setting.reference, "eta": 0.03}))
     write(data, setting.records[::-1])
     with pytest.raises(StageError, match=r"other settings \(contents of --input: '\w{16}' then, '\w{16}' now\)"):
@@ -463,9 +589,27 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_later(undisturbed, tmp_pat
     size = (run.output / "model/model.safetensors").stat().st_size // 1024
     # The best weights and one resume point (weights and the optimiser's two averages) fit, a second one does not.
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["unshare", "-m", "bash", "-c", FULL_DISK, "bash", disk, str(size * 6 + 200), sys.executable,
-                           "inpo.py", *words(**(RESUMED | run.flags | {"output": disk / "ckpt"}))],
-                          cwd=ROOT, env=environment, text=True, timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [
+            "unshare",
+            "-m",
+            "bash",
+            "-c",
+            FULL_DISK,
+            "bash",
+            disk,
+            str(size * 6 + 200),
+            sys.executable,
+            "inpo.py",
+            *words(**(RESUMED | run.flags | {"output": disk / "ckpt"})),
+        ],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        timeout=240,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if "unshare failed" in done.stdout or done.returncode == 77:
         pytest.skip("may not mount a small file system")
     first, second = done.stdout.split("first exit code ")
@@ -478,6 +622,7 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_later(undisturbed, tmp_pat
 
 def test_tensorboard_has_the_figures_of_the_metrics(train):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     output = train()
     events = EventAccumulator(str(output / "tensorboard/comal"))
     events.Reload()
@@ -499,6 +644,7 @@ def test_a_full_disk_under_the_metrics_is_a_message(train, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
+
 
 def test_data_of_another_model_is_refused(train, setting):
     with pytest.raises(StageError, match=r"stored log-probabilities differ .* by up to \d.* nats .*get_logprobs.py"):
@@ -543,8 +689,10 @@ def test_a_complete_output_is_refused_and_an_unfinished_one_replaced(train, tmp_
 
 def test_an_output_that_holds_other_things_is_never_replaced(train, setting, tmp_path):
     model = save_model(tmp_path / "run/model", setting.config, seed=0)
-    for flags, message in (({"output": "run/model"}, "exists and is not a training run's"),
-                           ({"output": "run", "model": setting.policy}, "exists and is not a training run's")):
+    for flags, message in (
+        ({"output": "run/model"}, "exists and is not a training run's"),
+        ({"output": "run", "model": setting.policy}, "exists and is not a training run's"),
+    ):
         with pytest.raises(StageError, match=message):
             train(**({"model": model} | flags))
     (tmp_path / "run/metrics.jsonl").write_text("")  # it did not finish, but its best weights start this run
@@ -554,12 +702,19 @@ def test_an_output_that_holds_other_things_is_never_replaced(train, setting, tmp
     assert (tmp_path / "run/model/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"learning_rate": 0}, "--learning_rate should be greater than 0"), ({"warmup_ratio": 1.5}, "--warmup_ratio"),
-    ({"save_steps": -1}, "--save_steps should be at least 0"),
-    ({"select": "first"}, "--select should be best or last"), ({"eta": 0}, "--eta should be greater than 0"),
-    ({"tau_eta_ratio": 2}, "--tau_eta_ratio"), ({"input": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
-    ({"max_length": 30}, "exceed --max_length 30")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"learning_rate": 0}, "--learning_rate should be greater than 0"),
+        ({"warmup_ratio": 1.5}, "--warmup_ratio"),
+        ({"save_steps": -1}, "--save_steps should be at least 0"),
+        ({"select": "first"}, "--select should be best or last"),
+        ({"eta": 0}, "--eta should be greater than 0"),
+        ({"tau_eta_ratio": 2}, "--tau_eta_ratio"),
+        ({"input": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"max_length": 30}, "exceed --max_length 30"),
+    ],
+)
 def test_bad_settings_are_refused(train, flags, message):
     with pytest.raises(StageError, match=message):
         train(**flags)
@@ -567,13 +722,16 @@ def test_bad_settings_are_refused(train, flags, message):
 
 # ---------------------------------------------------------------------------------------------- mle.py
 
+
 @pytest.fixture
 def chats(tmp_path, setting):
     """Three chats, the second of a quarter's weight, the third of none at all, each with its token ids."""
     answers = ["Go to the sea.", "Stay at home and read until the rain has passed.", "No."]
     question = {"role": "user", "content": "Where to?"}
-    records = [{"prompt_id": f"c{n}", "messages": [question, {"role": "assistant", "content": answer}]}
-               for n, answer in enumerate(answers)]
+    records = [
+        {"prompt_id": f"c{n}", "messages": [question, {"role": "assistant", "content": answer}]}
+        for n, answer in enumerate(answers)
+    ]
     records[1]["weight"], records[2]["weight"] = 0.25, 0  # the first has the default, 1
     prompt, end = encode_chat(setting.tokenizer, [question]), end_token_id(setting.tokenizer)
     ids = [(prompt, encode_text(setting.tokenizer, answer) + [end]) for answer in answers]
@@ -581,7 +739,9 @@ def chats(tmp_path, setting):
 
 
 def test_mle_loss_is_the_weighted_mean_over_response_tokens(train, setting, chats):
-    output = train(mle.main, input=chats.path, global_batch_size=3, micro_batch_tokens=60, num_epochs=3, learning_rate=1e-3)
+    output = train(
+        mle.main, input=chats.path, global_batch_size=3, micro_batch_tokens=60, num_epochs=3, learning_rate=1e-3
+    )
     with torch.no_grad():
         logps = [plain_logp(load(setting.policy), *ids).item() for ids in chats.ids]
     lengths = [len(response) for _, response in chats.ids]
@@ -590,7 +750,13 @@ def test_mle_loss_is_the_weighted_mean_over_response_tokens(train, setting, chat
     assert relative_difference(column(output, "loss")[:1], [expected]) < FLOAT32
     assert column(output, "loss")[2] < column(output, "loss")[1] < expected
     assert column(output, "normalised_loss")[0] == 1
-    assert set(read(output / "metrics.jsonl")[0]) == {"step", "loss", "normalised_loss", "learning_rate", "tokens_per_s"}
+    assert set(read(output / "metrics.jsonl")[0]) == {
+        "step",
+        "loss",
+        "normalised_loss",
+        "learning_rate",
+        "tokens_per_s",
+    }
 
 
 def test_mle_from_config_starts_from_random_weights_of_the_seed(train, setting, chats):
@@ -609,6 +775,7 @@ def test_a_batch_without_weight_is_refused(train, chats):
 
 # ---------------------------------------------------------------------------------------------- get_logprobs.py
 
+
 def logprobs(single_process, setting, output, **flags):
     defaults = dict(model=setting.policy, reference=setting.reference, input=setting.pairs, output=str(output))
     single_process(get_logprobs.main, **(defaults | flags))
@@ -624,7 +791,10 @@ def test_get_logprobs_equals_the_plain_computation_in_order(single_process, sett
     written = read(outputs[0]) + read(outputs[1])
     for record, pair in zip(written, setting.records[:4] + setting.records[4:][::-1], strict=True):
         for name in LOGP_FIELDS:
-            assert record.pop(name) == pytest.approx(pair[name], abs=2e-5), (pair["prompt_id"], name)  # measured: under 5e-6
+            assert record.pop(name) == pytest.approx(pair[name], abs=2e-5), (
+                pair["prompt_id"],
+                name,
+            )  # measured: under 5e-6
         lengths = {f"{side}_num_tokens": len(pair[f"{side}_token_ids"]) for side in ("chosen", "rejected")}
         assert record == {name: value for name, value in pair.items() if name not in LOGP_FIELDS} | lengths
 
@@ -635,8 +805,13 @@ def test_get_logprobs_loads_one_model_where_both_are_the_same(single_process, se
     monkeypatch.setattr(get_logprobs, "load_model", lambda name: loaded.append(name) or load_model(name))
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt/model").symlink_to(setting.policy)
-    logprobs(single_process, setting, tmp_path / "out.jsonl",
-             model=str(tmp_path / "ckpt"), reference=str(tmp_path / "ckpt/model"))
+    logprobs(
+        single_process,
+        setting,
+        tmp_path / "out.jsonl",
+        model=str(tmp_path / "ckpt"),
+        reference=str(tmp_path / "ckpt/model"),
+    )
     assert len(loaded) == 1
     for record, pair in zip(read(tmp_path / "out.jsonl"), setting.records, strict=True):
         for side in ("chosen", "rejected"):
@@ -645,7 +820,9 @@ def test_get_logprobs_loads_one_model_where_both_are_the_same(single_process, se
 
 
 def test_get_logprobs_tokenises_pairs_from_elsewhere(single_process, setting, tmp_path, train):
-    foreign = [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in make_pairs(setting.tokenizer, 11)]
+    foreign = [
+        {name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in make_pairs(setting.tokenizer, 11)
+    ]
     foreign[0]["chosen"][-1]["content"] += "<|im_end|>"  # spelt in the text, it is no special token
     logprobs(single_process, setting, tmp_path / "out.jsonl", input=write(tmp_path / "in.jsonl", foreign))
     written = read(tmp_path / "out.jsonl")
@@ -663,7 +840,9 @@ def test_get_logprobs_tokenises_pairs_from_elsewhere(single_process, setting, tm
 def test_get_logprobs_goes_on_where_it_was_stopped(single_process, setting, tmp_path, monkeypatch):
     """Stopped in the second model; of the last forward pass that was kept, one pair is torn on disk."""
     tokens = 150
-    groups = micro_batches(range(11), [sum(len(pair[name]) for name in TOKEN_FIELDS) for pair in setting.records], tokens)
+    groups = micro_batches(
+        range(11), [sum(len(pair[name]) for name in TOKEN_FIELDS) for pair in setting.records], tokens
+    )
     assert len(groups) > 4 and len(groups[2]) > 1
     expected, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     logprobs(single_process, setting, expected, micro_batch_tokens=tokens)
@@ -675,6 +854,7 @@ def test_get_logprobs_goes_on_where_it_was_stopped(single_process, setting, tmp_
         if len(seen) == len(groups) + 4:
             raise KeyboardInterrupt
         return compute(model, rows, device)
+
     monkeypatch.setattr(get_logprobs, "response_logps", stopping)
     monkeypatch.setattr(get_logprobs, "GATHER_EVERY", 1)
     with pytest.raises(KeyboardInterrupt):
@@ -698,7 +878,9 @@ def test_micro_batches_hold_what_fits_longest_first():
 
 def test_get_logprobs_writes_nothing_where_a_value_is_not_finite(single_process, setting, tmp_path):
     with pytest.raises(StageError, match="no finite log-probability for prompt_id p0, p1"):
-        logprobs(single_process, setting, tmp_path / "out/data.jsonl", reference=broken_model(setting, tmp_path / "broken"))
+        logprobs(
+            single_process, setting, tmp_path / "out/data.jsonl", reference=broken_model(setting, tmp_path / "broken")
+        )
     assert not (tmp_path / "out/data.jsonl").exists()
 
 
@@ -709,10 +891,17 @@ BF16 = ["--cpu", "--mixed_precision", "bf16", "--num_processes", "1"]
 
 def test_bfloat16_training_starts_where_launched_log_probabilities_say(setting, tmp_path, train, monkeypatch, capsys):
     data, launched = tmp_path / "data.jsonl", tmp_path / "launched"
-    launch(BF16, "get_logprobs.py",
-           *words(model=setting.policy, reference=setting.reference, input=setting.pairs, output=data))
-    launch(BF16, "inpo.py", *words(**(INPO | dict(num_epochs=1))),
-           *words(model=setting.policy, input=data, output=launched))
+    launch(
+        BF16,
+        "get_logprobs.py",
+        *words(model=setting.policy, reference=setting.reference, input=setting.pairs, output=data),
+    )
+    launch(
+        BF16,
+        "inpo.py",
+        *words(**(INPO | dict(num_epochs=1))),
+        *words(model=setting.policy, input=data, output=launched),
+    )
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     batched = train(output="batched", input=str(data), micro_batch_tokens=10_000, num_epochs=1)
 
@@ -721,8 +910,11 @@ def test_bfloat16_training_starts_where_launched_log_probabilities_say(setting, 
     rounding = max(abs(a - b) for a, b in zip(stored, exact))
     same, other = (abs(column(output, "normalised_loss")[0] - 1) for output in (launched, batched))
     with capsys.disabled():
-        print(f" [bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats; normalised loss from 1 by "
-              f"{same:.1e} in the layout of get_logprobs.py, {other:.1e} in batches of 11] ", end="")
+        print(
+            f" [bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats; normalised loss from 1 by "
+            f"{same:.1e} in the layout of get_logprobs.py, {other:.1e} in batches of 11] ",
+            end="",
+        )
     assert 1e-3 < rounding < 0.5  # it did run in bfloat16; measured: 0.12
     assert same < 1e-6  # the same forward path: measured 0
     assert other < 1e-3  # measured: 0, on another machine it may differ

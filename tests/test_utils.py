@@ -1,6 +1,6 @@
 """utils.py: the checked command line, files and seeds.
 
-    python -m pytest tests/test_utils.py
+python -m pytest tests/test_utils.py
 """
 
 import gzip
@@ -11,8 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from utils import (SEED_SPACING, StageError, check_input, derive_seed, dump_json, file_lists, jsonl_writer, read_jsonl, read_prompts,
-                   read_scores, split_list, text_id, write_text)
+from utils import (
+    SEED_SPACING,
+    StageError,
+    check_input,
+    derive_seed,
+    dump_json,
+    file_lists,
+    jsonl_writer,
+    read_jsonl,
+    read_prompts,
+    read_scores,
+    split_list,
+    text_id,
+    write_text,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,18 +102,22 @@ def stage(tmp_path_factory):
     """A function that runs one of the PROGRAMS above with these words and returns (exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("stage")
     (folder / "stage.py").write_text(STAGE)
-    with subprocess.Popen([sys.executable, "stage.py", str(ROOT)], cwd=folder, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+    with subprocess.Popen(
+        [sys.executable, "stage.py", str(ROOT)], cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server:
+
         def run_stage(*words):
             server.stdin.write(json.dumps(words) + "\n")
             server.stdin.flush()
             return json.loads(server.stdout.readline())
+
         yield run_stage
         server.stdin.close()
 
 
-@pytest.mark.parametrize("words", [["a/b", "c", "--count", "2"], ["--names", "a/b,c", "--count=2"],
-                                   ["a/b", "--count", "2", "c"]])
+@pytest.mark.parametrize(
+    "words", [["a/b", "c", "--count", "2"], ["--names", "a/b,c", "--count=2"], ["a/b", "--count", "2", "c"]]
+)
 def test_run_takes_words_without_a_flag_where_a_list_is_wanted(stage, words):
     assert ran(stage("listed", *words)) == [["a/b", "c"], 2]
 
@@ -126,32 +143,53 @@ def ran(result):
     return json.loads(out[4:])
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--text", "a", "--cuont", "3"], "unknown flag --cuont; did you mean --count?"),
-    (["--cuont=3", "--text", "a"], "unknown flag --cuont"),
-    (["--text", "a", "--zzz"], "see stage.py --help"),
-    (["--text", "a", "--count", "three"], "--count takes int, got 'three'"),
-    (["--text", "a", "--count", "1e3"], "--count takes int, got '1e3'"),
-    (["--text", "a", "--count", "2.0"], "--count takes int, got '2.0'"),
-    (["--text", "a", "--quick=maybe"], "--quick takes bool, got 'maybe'"),
-    (["--text", "a", "--quick", "maybe"], "unexpected argument 'maybe'"),
-    (["--count", "3"], "missing --text"),
-    ([], "missing --text"),
-    (["a"], "unexpected argument 'a'"),
-    (["--text", "a", "b"], "unexpected argument 'b'"),
-    (["-text", "a"], "unexpected argument '-text'"),
-    (["--text", "a", "--", "--trace"], "unexpected argument '--'"),
-    (["--text", "a", "--text", "b"], "--text is given twice"),
-    (["--text", "a", "--max-length", "1", "--max_length", "2"], "--max_length is given twice"),
-    (["--text", "--count", "3"], "--text needs a value"),
-    (["--text", "a", "--count"], "--count needs a value"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--text", "a", "--cuont", "3"], "unknown flag --cuont; did you mean --count?"),
+        (["--cuont=3", "--text", "a"], "unknown flag --cuont"),
+        (["--text", "a", "--zzz"], "see stage.py --help"),
+        (["--text", "a", "--count", "three"], "--count takes int, got 'three'"),
+        (["--text", "a", "--count", "1e3"], "--count takes int, got '1e3'"),
+        (["--text", "a", "--count", "2.0"], "--count takes int, got '2.0'"),
+        (["--text", "a", "--quick=maybe"], "--quick takes bool, got 'maybe'"),
+        (["--text", "a", "--quick", "maybe"], "unexpected argument 'maybe'"),
+        (["--count", "3"], "missing --text"),
+        ([], "missing --text"),
+        (["a"], "unexpected argument 'a'"),
+        (["--text", "a", "b"], "unexpected argument 'b'"),
+        (["-text", "a"], "unexpected argument '-text'"),
+        (["--text", "a", "--", "--trace"], "unexpected argument '--'"),
+        (["--text", "a", "--text", "b"], "--text is given twice"),
+        (["--text", "a", "--max-length", "1", "--max_length", "2"], "--max_length is given twice"),
+        (["--text", "--count", "3"], "--text needs a value"),
+        (["--text", "a", "--count"], "--count needs a value"),
+    ],
+)
 def test_run_refuses_before_the_function_runs(stage, words, message):
     assert_refused(stage("main", *words), message)
 
 
-@pytest.mark.parametrize("text", ["0,1", "1e3", "007", "7", "None", "True", "[1]", "{a: 1}", "'quoted'", "a=b", "",
-                                  "two words", "naïve\u2028", "-5", "#x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0,1",
+        "1e3",
+        "007",
+        "7",
+        "None",
+        "True",
+        "[1]",
+        "{a: 1}",
+        "'quoted'",
+        "a=b",
+        "",
+        "two words",
+        "naïve\u2028",
+        "-5",
+        "#x",
+    ],
+)
 def test_run_keeps_text_as_text(stage, text):
     assert ran(stage("main", "--text", text))[0] == text
     assert ran(stage("main", f"--text={text}"))[0] == text
@@ -172,9 +210,18 @@ def test_run_reads_numbers_by_their_annotation(stage):
     assert ran(stage("configured", "--size", "3", "--rate", "1e-3")) == ["", {"rate": 0.001, "size": 3, "deep": False}]
 
 
-@pytest.mark.parametrize("words, value", [
-    ([], True), (["--quick"], True), (["--quick", "false"], False), (["--quick=0"], False), (["--quick", "No"], False),
-    (["--quick=True"], True), (["--quick", "--count", "2"], True)])
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ([], True),
+        (["--quick"], True),
+        (["--quick", "false"], False),
+        (["--quick=0"], False),
+        (["--quick", "No"], False),
+        (["--quick=True"], True),
+        (["--quick", "--count", "2"], True),
+    ],
+)
 def test_run_reads_booleans(stage, words, value):
     assert ran(stage("main", "--text", "a", *words))[2] is value
 
@@ -186,8 +233,15 @@ def test_run_takes_the_fields_of_a_configuration_as_flags(stage):
     assert_refused(stage("configured", "--size", "3", "--rate", "fast"), "--rate takes float, got 'fast'")
 
 
-@pytest.mark.parametrize("program, words", [("main", ["--help"]), ("main", ["-h"]), ("main", ["--text", "a", "--help"]),
-                                            ("several", ["main", "--text", "a", "--help"])])
+@pytest.mark.parametrize(
+    "program, words",
+    [
+        ("main", ["--help"]),
+        ("main", ["-h"]),
+        ("main", ["--text", "a", "--help"]),
+        ("several", ["main", "--text", "a", "--help"]),
+    ],
+)
 def test_run_shows_help_and_does_not_run(stage, program, words):
     code, out, err = stage(program, *words)
     assert "ran" not in out
@@ -213,11 +267,14 @@ def test_run_chooses_among_commands(stage):
     assert_refused(stage("several", "main", "--zzz", "1"), "stage.py main: error: unknown flag --zzz")
 
 
-@pytest.mark.parametrize("how, code, message", [
-    ("stage", 1, "stage.py: error: the input is too short; give a longer one"),
-    ("missing file", 1, "stage.py: error: No such file or directory (no/such/file)"),
-    ("interrupt", 130, "stage.py: interrupted"),
-])
+@pytest.mark.parametrize(
+    "how, code, message",
+    [
+        ("stage", 1, "stage.py: error: the input is too short; give a longer one"),
+        ("missing file", 1, "stage.py: error: No such file or directory (no/such/file)"),
+        ("interrupt", 130, "stage.py: interrupted"),
+    ],
+)
 def test_run_ends_with_a_message_and_without_a_traceback(stage, how, code, message):
     found, out, err = stage("fail", "--how", how)
     assert (found, out) == (code, "")
@@ -248,17 +305,20 @@ def test_file_lists_pairs_inputs_with_outputs(jsonl):
     assert (inputs, outputs) == ([a, b], [Path("x"), Path("y")])
 
 
-@pytest.mark.parametrize("input, output, message", [
-    ("a,b", "x", "--input has 2, --output has 1"),
-    ("", "", "--input has 0"),
-    ("a,missing", "x,y", "missing does not exist"),
-    ("empty", "x", "empty is empty"),
-    ("folder", "x", "folder is not a file"),
-    ("a,b", "x,./x", "written twice"),
-    ("a", "./a", "is also an input"),
-    ("a,b", "x,folder/../a", "is also an input"),
-    ("a", "folder", "is a directory"),
-])
+@pytest.mark.parametrize(
+    "input, output, message",
+    [
+        ("a,b", "x", "--input has 2, --output has 1"),
+        ("", "", "--input has 0"),
+        ("a,missing", "x,y", "missing does not exist"),
+        ("empty", "x", "empty is empty"),
+        ("folder", "x", "folder is not a file"),
+        ("a,b", "x,./x", "written twice"),
+        ("a", "./a", "is also an input"),
+        ("a,b", "x,folder/../a", "is also an input"),
+        ("a", "folder", "is a directory"),
+    ],
+)
 def test_file_lists_refuses(jsonl, tmp_path, monkeypatch, input, output, message):
     jsonl("a", {}), jsonl("b", {}), jsonl("empty"), (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -270,20 +330,26 @@ FIELDS = {"prompt_id": str, "prompt": str, "score": (int, float)}
 GOOD = '{"prompt_id": "a", "prompt": "x", "score": 1}\n'
 
 
-@pytest.mark.parametrize("second, message", [
-    ("not json\n", "line 2: not valid JSON"),
-    ('{"prompt_id": "b", "prompt": "x", "sco', "line 2: not valid JSON"),  # the file was cut
-    ("{}\0\0\n", "line 2: not valid JSON"),
-    ("[" * 100_000 + "\n", "line 2: not valid JSON"),
-    ('{"prompt_id": "b", "prompt": "x", "score": true}\n', "line 2: field 'score' should be int or float, got bool"),
-    ('{"prompt_id": "b", "prompt": "x", "score": NaN}\n', "line 2: not valid JSON"),
-    ('[1, 2]\n', "line 2: expected a JSON object, got list"),
-    ('{"prompt_id": "b", "score": 2}\n', "line 2: field 'prompt' is missing; found prompt_id, score"),
-    ('{"prompt_id": "b", "prompt": ["x"], "score": 2}\n', "line 2: field 'prompt' should be str, got list"),
-    ('{"prompt_id": 7, "prompt": "x", "score": 2}\n', "line 2: field 'prompt_id' should be str, got int"),
-    ('{"prompt_id": "b", "prompt": "x", "score": "2"}\n', "line 2: field 'score' should be int or float, got str"),
-    (GOOD, "line 2: prompt_id 'a' occurs a second time"),
-])
+@pytest.mark.parametrize(
+    "second, message",
+    [
+        ("not json\n", "line 2: not valid JSON"),
+        ('{"prompt_id": "b", "prompt": "x", "sco', "line 2: not valid JSON"),  # the file was cut
+        ("{}\0\0\n", "line 2: not valid JSON"),
+        ("[" * 100_000 + "\n", "line 2: not valid JSON"),
+        (
+            '{"prompt_id": "b", "prompt": "x", "score": true}\n',
+            "line 2: field 'score' should be int or float, got bool",
+        ),
+        ('{"prompt_id": "b", "prompt": "x", "score": NaN}\n', "line 2: not valid JSON"),
+        ("[1, 2]\n", "line 2: expected a JSON object, got list"),
+        ('{"prompt_id": "b", "score": 2}\n', "line 2: field 'prompt' is missing; found prompt_id, score"),
+        ('{"prompt_id": "b", "prompt": ["x"], "score": 2}\n', "line 2: field 'prompt' should be str, got list"),
+        ('{"prompt_id": 7, "prompt": "x", "score": 2}\n', "line 2: field 'prompt_id' should be str, got int"),
+        ('{"prompt_id": "b", "prompt": "x", "score": "2"}\n', "line 2: field 'score' should be int or float, got str"),
+        (GOOD, "line 2: prompt_id 'a' occurs a second time"),
+    ],
+)
 def test_read_jsonl_names_file_and_line(tmp_path, second, message):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + second)
@@ -298,9 +364,15 @@ def test_read_jsonl_overlooks_what_editors_leave(tmp_path):
     assert [record["prompt_id"] for record in read_jsonl(path, FIELDS)] == ["a"]
 
 
-@pytest.mark.parametrize("content, kind", [
-    (gzip.compress(b"{}\n", mtime=0), "compressed with gzip"), (b"PAR1....", "a Parquet file"), ("{}\n".encode("utf-16"), "UTF-16"),
-    (b"PK\3\4....", "a zip archive")])
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        (gzip.compress(b"{}\n", mtime=0), "compressed with gzip"),
+        (b"PAR1....", "a Parquet file"),
+        ("{}\n".encode("utf-16"), "UTF-16"),
+        (b"PK\3\4....", "a zip archive"),
+    ],
+)
 def test_check_input_names_what_is_not_text(tmp_path, content, kind):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(StageError, match=f"a.jsonl is {kind}"):
@@ -310,25 +382,34 @@ def test_check_input_names_what_is_not_text(tmp_path, content, kind):
 def scored(prompt_id="a", count=2, **changes):
     """A record of a scores file."""
     samples = [{"text": str(n), "token_ids": [n], "finish_reason": "stop"} for n in range(count)]
-    return {"prompt_id": prompt_id, "prompt": "x", "prompt_token_ids": [1], "samples": samples,
-            "win_probs": [[None if i == j else 0.5 for j in range(count)] for i in range(count)]} | changes
+    return {
+        "prompt_id": prompt_id,
+        "prompt": "x",
+        "prompt_token_ids": [1],
+        "samples": samples,
+        "win_probs": [[None if i == j else 0.5 for j in range(count)] for i in range(count)],
+    } | changes
 
 
-@pytest.mark.parametrize("record, message", [
-    (scored(count=1), "1 samples, needed: 2"), (scored(count=3), "3 samples, but the records before it have 2"),
-    (scored(prompt_token_ids=["1"]), "prompt_token_ids should be a list of token ids"),
-    (scored(prompt_token_ids=[True]), "prompt_token_ids should be a list of token ids"),
-    (scored(samples=["a", "b"]), "each of samples should be {text, token_ids, finish_reason}"),
-    (scored(samples=[{"text": "a"}] * 2), "token_ids of a sample should be a list of token ids, got None"),
-    (scored(samples=[{"text": 1, "token_ids": []}] * 2), "each of samples should be"),
-    (scored(win_probs=None), "is missing; is this a scores file"),
-    (scored(win_probs=[[None, 0.5]]), "win_probs should be 2 x 2 numbers for 2 samples"),
-    (scored(win_probs=[[None], [None]]), "win_probs should be 2 x 2 numbers"),
-    (scored(win_probs=[[0.5, 0.5], [0.5, None]]), r"win_probs\[0\]\[0\] should be null, got 0.5"),
-    (scored(win_probs=[[None, None], [None, None]]), r"win_probs\[1\]\[0\] should be a probability, got None"),
-    (scored(win_probs=[[None, 1.2], [-0.2, None]]), r"win_probs\[1\]\[0\] should be a probability, got -0.2"),
-    (scored(win_probs=[[None, 0.7], [0.5, None]]), "should add up to 1, got 0.5 and 0.7"),
-])
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (scored(count=1), "1 samples, needed: 2"),
+        (scored(count=3), "3 samples, but the records before it have 2"),
+        (scored(prompt_token_ids=["1"]), "prompt_token_ids should be a list of token ids"),
+        (scored(prompt_token_ids=[True]), "prompt_token_ids should be a list of token ids"),
+        (scored(samples=["a", "b"]), "each of samples should be {text, token_ids, finish_reason}"),
+        (scored(samples=[{"text": "a"}] * 2), "token_ids of a sample should be a list of token ids, got None"),
+        (scored(samples=[{"text": 1, "token_ids": []}] * 2), "each of samples should be"),
+        (scored(win_probs=None), "is missing; is this a scores file"),
+        (scored(win_probs=[[None, 0.5]]), "win_probs should be 2 x 2 numbers for 2 samples"),
+        (scored(win_probs=[[None], [None]]), "win_probs should be 2 x 2 numbers"),
+        (scored(win_probs=[[0.5, 0.5], [0.5, None]]), r"win_probs\[0\]\[0\] should be null, got 0.5"),
+        (scored(win_probs=[[None, None], [None, None]]), r"win_probs\[1\]\[0\] should be a probability, got None"),
+        (scored(win_probs=[[None, 1.2], [-0.2, None]]), r"win_probs\[1\]\[0\] should be a probability, got -0.2"),
+        (scored(win_probs=[[None, 0.7], [0.5, None]]), "should add up to 1, got 0.5 and 0.7"),
+    ],
+)
 def test_read_scores_refuses(jsonl, record, message):
     path = jsonl("scores.jsonl", *([scored("first")] if len(record["samples"]) == 3 else []), record)
     with pytest.raises(StageError, match=f"scores.jsonl, prompt_id a: .*{message}"):
@@ -367,14 +448,20 @@ def test_read_prompts_keeps_numbered_ids(jsonl):
     assert [record["prompt_id"] for record in read_prompts(path)] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("records, message", [
-    ([{"prompt": "x"}, {"prompt": " \n"}], "record 2: the prompt is empty"),
-    ([{"prompt": "x"}, {"prompt": "x"}], "record 2: prompt_id '2d711642b726b044' .* occurs a second time"),
-    ([{"prompt": "x", "prompt_id": "3"}, {"prompt": "y", "prompt_id": 3}], "record 2: prompt_id '3' .* a second time"),
-    ([{"prompt": "x", "prompt_id": ["3"]}], "record 1: prompt_id should be text"),
-    ([{"text": "x"}], "line 1: field 'prompt' is missing"),
-    ([], "no records"),
-])
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        ([{"prompt": "x"}, {"prompt": " \n"}], "record 2: the prompt is empty"),
+        ([{"prompt": "x"}, {"prompt": "x"}], "record 2: prompt_id '2d711642b726b044' .* occurs a second time"),
+        (
+            [{"prompt": "x", "prompt_id": "3"}, {"prompt": "y", "prompt_id": 3}],
+            "record 2: prompt_id '3' .* a second time",
+        ),
+        ([{"prompt": "x", "prompt_id": ["3"]}], "record 1: prompt_id should be text"),
+        ([{"text": "x"}], "line 1: field 'prompt' is missing"),
+        ([], "no records"),
+    ],
+)
 def test_read_prompts_refuses(jsonl, records, message):
     with pytest.raises(StageError, match=message):
         list(read_prompts(jsonl("a.jsonl", *records)))
@@ -445,7 +532,7 @@ def test_derive_seed_is_the_same_everywhere():
 def test_derive_seed_leaves_room_for_the_samples_of_a_prompt():
     seeds = [derive_seed(seed, prompt) for seed in range(3) for prompt in range(1000)]
     assert len(set(seeds)) == 3000
-    assert all(seed % SEED_SPACING == 0 and 0 <= seed < 2 ** 60 for seed in seeds)
+    assert all(seed % SEED_SPACING == 0 and 0 <= seed < 2**60 for seed in seeds)
 
 
 def test_derive_seed_tells_its_parts_apart():

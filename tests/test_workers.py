@@ -1,6 +1,6 @@
 """workers.py: real worker processes, started with spawn, killed, stopped and failing; and what is kept of their work.
 
-    python -m pytest tests/test_workers.py
+python -m pytest tests/test_workers.py
 """
 
 import logging
@@ -15,9 +15,9 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from conftest import ChunkWork
 
 from utils import StageError, read_jsonl
-from conftest import ChunkWork
 from workers import MAX_STARTS, Journal, PoolConfig, _chunks, map_chunks, map_files, worker_environments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,7 @@ def nvidia_smi(tmp_path, monkeypatch):
         program.write_text(f"#!/bin/sh\n{body}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
     install("printf '0\\n1\\n2\\n3\\n'")
     return install
 
@@ -49,8 +50,9 @@ def test_worker_environments_takes_the_gpus_that_nvidia_smi_lists(nvidia_smi):
     assert devices("none", cpu_workers=3) == ["", "", ""]
 
 
-@pytest.mark.parametrize("visible, expected", [
-    ("2,5", ["2", "5"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]), ("", [""]), ("-1", [""])])
+@pytest.mark.parametrize(
+    "visible, expected", [("2,5", ["2", "5"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]), ("", [""]), ("-1", [""])]
+)
 def test_worker_environments_stays_within_cuda_visible_devices(nvidia_smi, monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)  # -1 is CUDA's own way to say: none
     assert devices("auto") == expected
@@ -77,8 +79,9 @@ def test_worker_environments_refuses_an_uneven_split(nvidia_smi):
         devices("auto", gpus_per_worker=3)
 
 
-@pytest.mark.parametrize("gpus, settings", [
-    ("0,0", {}), ("auto", {"gpus_per_worker": 0}), ("none", {"cpu_workers": 0})])
+@pytest.mark.parametrize(
+    "gpus, settings", [("0,0", {}), ("auto", {"gpus_per_worker": 0}), ("none", {"cpu_workers": 0})]
+)
 def test_worker_environments_refuses_impossible_settings(nvidia_smi, gpus, settings):
     # A GPU given to two engines, groups of none, and no worker at all, for which map_chunks would wait for ever.
     with pytest.raises(StageError):
@@ -218,9 +221,15 @@ def test_map_chunks_without_chunks_starts_no_worker(tmp_path):
     assert not list(tmp_path.glob("pid-*"))
 
 
-@pytest.mark.parametrize("how, reason", [("kill", "died with exit code -9"), ("exit", "died with exit code 7"),
-                                         ("ValueError", "ValueError: task five is bad"),
-                                         ("stall", "made no progress for 3 s")])
+@pytest.mark.parametrize(
+    "how, reason",
+    [
+        ("kill", "died with exit code -9"),
+        ("exit", "died with exit code 7"),
+        ("ValueError", "ValueError: task five is bad"),
+        ("stall", "made no progress for 3 s"),
+    ],
+)
 def test_map_chunks_does_the_chunk_of_a_lost_worker_again(tmp_path, caplog, how, reason):
     found = run_chunks(tmp_path, partial(fails, how, 1), EIGHT, stall_timeout=3 if how == "stall" else 0)
     assert results(found) == {n: 2 * n for n in range(8)}
@@ -269,6 +278,7 @@ def test_map_chunks_passes_on_an_error_among_the_chunks(tmp_path):
     def chunks():
         yield [0]
         raise StageError("line 2 is bad")
+
     with pytest.raises(StageError, match="line 2 is bad"):
         run_chunks(tmp_path, doubled, chunks())
 
@@ -284,8 +294,12 @@ def test_map_chunks_ends_what_a_killed_worker_had_started(tmp_path):
 
 def answered(folder, tasks):
     """One record a task: skipped where the prompt says so."""
-    return [{"prompt_id": record["prompt_id"], "skipped": "too long"} if record["prompt"] == "skip" else
-            record | {"job": job, "pid": os.getpid()} for job, record in tasks]
+    return [
+        {"prompt_id": record["prompt_id"], "skipped": "too long"}
+        if record["prompt"] == "skip"
+        else record | {"job": job, "pid": os.getpid()}
+        for job, record in tasks
+    ]
 
 
 def plain(folder, tasks):
@@ -377,9 +391,17 @@ def test_map_files_keeps_what_is_finished(tmp_path, undisturbed):
     assert names(tmp_path / "out") == ["0.jsonl", "1.jsonl"]
 
 
-@pytest.mark.parametrize("damage, redone", [
-    (lambda text: text[:-1], "b"), (lambda text: text[:-30], "b"), (lambda text: text + b'{"prompt_id": "0-', ""),
-    (lambda text: text[:-40] + b"\0" * 40, "b"), (lambda text: text[:30], "a b"), (lambda text: b"", "a b")])
+@pytest.mark.parametrize(
+    "damage, redone",
+    [
+        (lambda text: text[:-1], "b"),
+        (lambda text: text[:-30], "b"),
+        (lambda text: text + b'{"prompt_id": "0-', ""),
+        (lambda text: text[:-40] + b"\0" * 40, "b"),
+        (lambda text: text[:30], "a b"),
+        (lambda text: b"", "a b"),
+    ],
+)
 def test_map_files_does_again_what_a_torn_line_held(tmp_path, undisturbed, damage, redone):
     stopped(tmp_path)
     partial_file = tmp_path / "out" / "0.jsonl.partial"  # holds a, b and c
@@ -409,8 +431,11 @@ def test_map_files_starts_no_worker_when_all_is_finished(tmp_path, undisturbed):
 def test_map_files_refuses_to_mix_settings(tmp_path):
     partial_files = stopped(tmp_path)
     before = [path.read_bytes() for path in partial_files]
-    with pytest.raises(StageError, match=r"0.jsonl.partial holds 3 finished records made with other settings "
-                                         r"\(temperature: None then, 0.5 now\); use those again, or remove it"):
+    with pytest.raises(
+        StageError,
+        match=r"0.jsonl.partial holds 3 finished records made with other settings "
+        r"\(temperature: None then, 0.5 now\); use those again, or remove it",
+    ):
         run_files(tmp_path, plain, *PROMPTS, made_with={"temperature": 0.5})
     with pytest.raises(StageError, match="0.jsonl.partial .*input: "):
         run_files(tmp_path, plain, ["a", "b", "changed"], PROMPTS[1])
@@ -450,12 +475,22 @@ def test_journal_says_when_the_disk_is_full(tmp_path):
     journal = Journal(tmp_path / "out.jsonl", {})
     journal.path.unlink()
     journal.path.symlink_to("/dev/full")
-    with pytest.raises(StageError, match="out.jsonl.partial: No space left on device; what was finished before is kept"):
+    with pytest.raises(
+        StageError, match="out.jsonl.partial: No space left on device; what was finished before is kept"
+    ):
         journal.append([{"prompt_id": "a"}])
 
 
-@pytest.mark.parametrize("setting", [{"on_error": "retry"}, {"chunk_size": 0}, {"stall_timeout": -1.0},
-                                     {"stall_timeout": float("nan")}, {"gpus": "99"}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"on_error": "retry"},
+        {"chunk_size": 0},
+        {"stall_timeout": -1.0},
+        {"stall_timeout": float("nan")},
+        {"gpus": "99"},
+    ],
+)
 def test_pool_config_refuses(setting):
     with pytest.raises(StageError, match=f"--{next(iter(setting))}"):
         PoolConfig(**setting)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nash import duality_gap  # noqa: E402
-from utils import StageError, jsonl_writer, run, write_text  # noqa: E402
-from judges import fill_template, read_template  # noqa: E402
+from judges import fill_template, read_template
+from nash import duality_gap
+from utils import StageError, jsonl_writer, run, write_text
 
 NAMES = ("mountains", "sea", "city")
 ANSWERS = (
@@ -34,43 +34,74 @@ PREFERENCE = ((0.5, 0.1, 0.8), (0.9, 0.5, 0.1), (0.2, 0.9, 0.5))  # [i][j] = P(a
 BRADLEY_TERRY = ((0.5, 1 / 4, 1 / 10), (3 / 4, 0.5, 1 / 4), (9 / 10, 3 / 4, 0.5))
 START = (0.8, 0.1, 0.1)
 
-OPENINGS = ("Hello!", "Good morning.", "A quick question:", "Please help me.", "Tell me,", "I wonder:", "So,", "Honestly,",
-            "We need advice.", "Dear assistant,")
-QUESTIONS = ("where should we spend {}?", "what is the best place for {}?", "which trip would you choose for {}?",
-             "where would you go for {}?")
+OPENINGS = (
+    "Hello!",
+    "Good morning.",
+    "A quick question:",
+    "Please help me.",
+    "Tell me,",
+    "I wonder:",
+    "So,",
+    "Honestly,",
+    "We need advice.",
+    "Dear assistant,",
+)
+QUESTIONS = (
+    "where should we spend {}?",
+    "what is the best place for {}?",
+    "which trip would you choose for {}?",
+    "where would you go for {}?",
+)
 OCCASIONS = ("the summer", "a long weekend", "our holiday", "the first week of May")
 NUM_HELD_OUT = 32  # phrasings that neither model has seen in training
 
 
 def phrasings():
     """(phrasings to learn from, held-out phrasings), in a fixed order that mixes their parts."""
-    every = [f"{opening} {question.format(occasion)}"
-             for opening, question, occasion in itertools.product(OPENINGS, QUESTIONS, OCCASIONS)]
+    every = [
+        f"{opening} {question.format(occasion)}"
+        for opening, question, occasion in itertools.product(OPENINGS, QUESTIONS, OCCASIONS)
+    ]
     mixed = [every[(i * 37) % len(every)] for i in range(len(every))]  # 37 and 160 have no common divisor
     return mixed[NUM_HELD_OUT:], mixed[:NUM_HELD_OUT]
 
 
 # ---------------------------------------------------------------------------------------------- what build.sh needs
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA3 = ("<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-          "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
 
 
 def write_tokenizer(directory, texts, special_tokens, chat_template):
     """A byte-level BPE tokenizer of 664 tokens, learnt from the texts; the last special token ends a turn."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=664, special_tokens=list(special_tokens), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special_tokens[0], eos_token=special_tokens[-1],
-                                   additional_special_tokens=list(special_tokens[1:-1]))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=664,
+            special_tokens=list(special_tokens),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special_tokens[0],
+        eos_token=special_tokens[-1],
+        additional_special_tokens=list(special_tokens[1:-1]),
+    )
     fast.chat_template = chat_template
     fast.save_pretrained(directory)
     return fast
@@ -79,22 +110,40 @@ def write_tokenizer(directory, texts, special_tokens, chat_template):
 def write_models(output_dir, template):
     """Tokenizers and configs of policy and judge, without weights."""
     from transformers import LlamaConfig, Qwen2Config
+
     texts = [text for group in phrasings() for text in group] + list(ANSWERS)
-    shape = dict(vocab_size=664, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=4, max_position_embeddings=16384, tie_word_embeddings=True)
+    shape = dict(
+        vocab_size=664,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=16384,
+        tie_word_embeddings=True,
+    )
     for name, config, text, tokens, chat in (
-            ("policy", Qwen2Config, texts, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), CHATML),
-            ("judge", LlamaConfig, texts * 2 + [template, "Output (a) Output (b)"],
-             ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), LLAMA3)):
+        ("policy", Qwen2Config, texts, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), CHATML),
+        (
+            "judge",
+            LlamaConfig,
+            texts * 2 + [template, "Output (a) Output (b)"],
+            ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+            LLAMA3,
+        ),
+    ):
         directory = Path(output_dir) / f"{name}-config"
         tokenizer = write_tokenizer(directory, text, tokens, chat)
-        config(**shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-               bos_token_id=None).save_pretrained(directory)
+        config(
+            **shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
+        ).save_pretrained(directory)
 
 
 def chat(prompt, answer, weight):
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-            "weight": weight}
+    return {
+        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+        "weight": weight,
+    }
 
 
 def judging_examples(template, prompts, preference):
@@ -106,8 +155,13 @@ def judging_examples(template, prompts, preference):
             yield chat(text, "Output (b)", 1 - preference[i][j])
 
 
-def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per_iteration: int = 1024,
-          num_splits: int = 6, bradley_terry: bool = False):
+def write(
+    output_dir: str,
+    template: str = "prompts/offsetbias.txt",
+    prompts_per_iteration: int = 1024,
+    num_splits: int = 6,
+    bradley_terry: bool = False,
+):
     """Write the demo's prompts, the texts its two models learn from, and the models' configs and tokenizers.
 
     Args:
@@ -119,21 +173,27 @@ def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per
     """
     preference = BRADLEY_TERRY if bradley_terry else PREFERENCE
     output_dir, full = Path(output_dir), read_template(template)
-    short = full[full.index("# Instruction"):]  # the headings alone: quicker to learn the game from
+    short = full[full.index("# Instruction") :]  # the headings alone: quicker to learn the game from
     learn, held_out = phrasings()
     write_models(output_dir, full)
-    numbered = {f"train_{split}": [(f"train_{split}-{n}", learn[n % len(learn)]) for n in range(prompts_per_iteration)]
-                for split in range(num_splits)}
+    numbered = {
+        f"train_{split}": [(f"train_{split}-{n}", learn[n % len(learn)]) for n in range(prompts_per_iteration)]
+        for split in range(num_splits)
+    }
     numbered["train"] = [pair for split in numbered.values() for pair in split]
-    numbered |= {"test": [(f"test-{n}", held_out[n % len(held_out)]) for n in range(prompts_per_iteration // 8)],
-                 "eval": [(f"eval-{n}", prompt) for n, prompt in enumerate(learn[:96] + held_out)]}
+    numbered |= {
+        "test": [(f"test-{n}", held_out[n % len(held_out)]) for n in range(prompts_per_iteration // 8)],
+        "eval": [(f"eval-{n}", prompt) for n, prompt in enumerate(learn[:96] + held_out)],
+    }
     for name, prompts in numbered.items():
         with jsonl_writer(output_dir / "prompts" / f"{name}.jsonl") as write_record:
             for prompt_id, prompt in prompts:
                 write_record({"prompt_id": prompt_id, "prompt": prompt})
-    examples = {"policy": (chat(p, a, w) for p in learn for a, w in zip(ANSWERS, START)),
-                "judge_short": judging_examples(short, learn, preference),
-                "judge_full": judging_examples(full, learn, preference)}
+    examples = {
+        "policy": (chat(p, a, w) for p in learn for a, w in zip(ANSWERS, START)),
+        "judge_short": judging_examples(short, learn, preference),
+        "judge_full": judging_examples(full, learn, preference),
+    }
     for name, records in examples.items():
         with jsonl_writer(output_dir / "sft" / f"{name}.jsonl") as write_record:
             for record in records:
@@ -142,12 +202,15 @@ def write(output_dir: str, template: str = "prompts/offsetbias.txt", prompts_per
 
 # ---------------------------------------------------------------------------------------------- what came of it
 
+
 def answer_probabilities(checkpoint, prompts):
     """Exact probability of each of the three answers, end token included: one list of three a prompt."""
     import torch
+
     from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer
     from logps import response_logps
     from train_utils import load_model
+
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).eval()
     answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
     rows = [(encode_prompt(tokenizer, prompt), answers) for prompt in prompts]
@@ -165,9 +228,12 @@ def describe(checkpoint):
     masses = [sum(row) for row in rows]
     normalised = [[p / mass for p in row] for row, mass in zip(rows, masses)]
     mean = [sum(column) / len(rows) for column in zip(*normalised)]
-    return {"distribution": mean, "other": 1 - sum(masses) / len(masses),
-            "duality_gap": sum(duality_gap(policy, PREFERENCE) for policy in normalised) / len(rows),
-            "duality_gap_of_mean": duality_gap(mean, PREFERENCE)}
+    return {
+        "distribution": mean,
+        "other": 1 - sum(masses) / len(masses),
+        "duality_gap": sum(duality_gap(policy, PREFERENCE) for policy in normalised) / len(rows),
+        "duality_gap_of_mean": duality_gap(mean, PREFERENCE),
+    }
 
 
 def measure(start, checkpoints, target):
@@ -202,14 +268,22 @@ def table(experiment: str, start: str = "exps/demo-models/policy"):
         write_text(target, json.dumps(measure(start, checkpoints, target), indent=1) + "\n")
     rows = json.loads(target.read_text())
     print(f"\n{'':10} {'exact, given one of the three answers':^38}           {'P(win) against':^18}")
-    print(f"{'iteration':10} {'mountains':>9} {'sea':>9} {'city':>9} {'other':>8} {'gap':>9} {'start':>9} {'previous':>9}")
+    print(
+        f"{'iteration':10} {'mountains':>9} {'sea':>9} {'city':>9} {'other':>8} {'gap':>9} {'start':>9} {'previous':>9}"
+    )
     for row in rows:
         wins = [f"{p:9.3f}" if p is not None else f"{'-':>9}" for p in row["win_prob"]]
-        print(f"{row['iteration']!s:10} " + " ".join(f"{p:9.3f}" for p in row["distribution"])
-              + f" {row['other']:8.3f} {row['duality_gap']:9.3f} " + " ".join(wins))
+        print(
+            f"{row['iteration']!s:10} "
+            + " ".join(f"{p:9.3f}" for p in row["distribution"])
+            + f" {row['other']:8.3f} {row['duality_gap']:9.3f} "
+            + " ".join(wins)
+        )
     print(f"{'Nash':10} " + " ".join(f"{p:9.3f}" for p in (4 / 11, 3 / 11, 4 / 11)) + f" {0:8.3f} {0:9.3f}")
-    print("\nIteration i is the policy that iteration i trained; other: its probability of anything but the three answers.\n"
-          "gap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at Nash.")
+    print(
+        "\nIteration i is the policy that iteration i trained; other: its probability of anything but the three answers.\n"
+        "gap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at Nash."
+    )
 
 
 # ---------------------------------------------------------------------------------------------- methods compared
@@ -230,9 +304,14 @@ def read_run(experiment):
     if [row["iteration"] for row in rows] != expected:
         raise StageError(f"{experiment}: game.json lacks iterations; let comal.sh finish first")
     every = int(settings["UPDATE_INTERVAL"])
-    return {"method": settings["METHOD"], "seed": int(settings["SEED"]),
-            "moves": list(range(every, len(rows) - 1, every)) if every else [], "gaps": [row["duality_gap"] for row in rows],
-            "others": [row["other"] for row in rows], "policies": [row["distribution"] for row in rows]}
+    return {
+        "method": settings["METHOD"],
+        "seed": int(settings["SEED"]),
+        "moves": list(range(every, len(rows) - 1, every)) if every else [],
+        "gaps": [row["duality_gap"] for row in rows],
+        "others": [row["other"] for row in rows],
+        "policies": [row["distribution"] for row in rows],
+    }
 
 
 def compare(experiments: list, output: str):
@@ -252,16 +331,28 @@ def compare(experiments: list, output: str):
     seeds = sorted({run["seed"] for run in runs})
     late = {(run["method"], run["seed"]): sum(run["gaps"][-LAST_ITERATIONS:]) / LAST_ITERATIONS for run in runs}
     last = len(runs[0]["gaps"]) - 1
-    print(f"\nMean duality gap of iterations {last - LAST_ITERATIONS + 1} to {last} (the start policy's: "
-          f"{runs[0]['gaps'][0]:.3f}), and the largest mass on other responses in them\n")
+    print(
+        f"\nMean duality gap of iterations {last - LAST_ITERATIONS + 1} to {last} (the start policy's: "
+        f"{runs[0]['gaps'][0]:.3f}), and the largest mass on other responses in them\n"
+    )
     print(f"{'':24}" + "".join(f"{f'seed {seed}':>10}" for seed in seeds) + f"{'other':>10}")
     for method in methods:
         other = max(max(run["others"][-LAST_ITERATIONS:]) for run in runs if run["method"] == method)
-        print(f"{METHOD_NAMES[method]:24}"
-              + "".join(f"{late[method, seed]:10.3f}" if (method, seed) in late else f"{'-':>10}" for seed in seeds)
-              + f"{other:10.3f}")
-    figures = [{"method": run["method"], "seed": run["seed"], "mean_late_gap": late[run["method"], run["seed"]],
-                "largest_late_other": max(run["others"][-LAST_ITERATIONS:]), "duality_gaps": run["gaps"]} for run in runs]
+        print(
+            f"{METHOD_NAMES[method]:24}"
+            + "".join(f"{late[method, seed]:10.3f}" if (method, seed) in late else f"{'-':>10}" for seed in seeds)
+            + f"{other:10.3f}"
+        )
+    figures = [
+        {
+            "method": run["method"],
+            "seed": run["seed"],
+            "mean_late_gap": late[run["method"], run["seed"]],
+            "largest_late_other": max(run["others"][-LAST_ITERATIONS:]),
+            "duality_gaps": run["gaps"],
+        }
+        for run in runs
+    ]
     write_text(target.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
     write_text(target, draw(runs, methods))
 
@@ -271,8 +362,10 @@ def draw(runs, methods):
     moves; beside it one simplex a method."""
     import numpy as np
     from matplotlib.figure import Figure
+
     from plots import COLOURS, plot_style, svg_file
-    corners = np.array([[0, 0], [1, 0], [0.5, 3 ** 0.5 / 2]])  # all mountains, all sea, all city
+
+    corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])  # all mountains, all sea, all city
     nash = np.array([4, 3, 4]) / 11 @ corners
     moves = sorted({move for each in runs if each["method"] == "comal" for move in each["moves"]})
     with plot_style("compare"):
@@ -286,12 +379,20 @@ def draw(runs, methods):
             own = [each for each in runs if each["method"] == method]
             gaps = np.array([each["gaps"] for each in own])  # (seeds, policies)
             axes.plot(gaps.mean(axis=0), color=colour, label=METHOD_NAMES[method], linewidth=1.8)
-            axes.fill_between(range(gaps.shape[1]), gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                range(gaps.shape[1]), gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.15, linewidth=0
+            )
             simplex.fill(*corners.T, facecolor="#f7f6f2", edgecolor="#b9b6ae")
             for number, each in enumerate(own):
                 path = np.array(each["policies"]) @ corners
-                simplex.plot(*path.T, color=colour, linewidth=1.3 if number == 0 else 0.7, alpha=1 if number == 0 else 0.45,
-                             marker="o", markersize=2.6 if number == 0 else 1.4)
+                simplex.plot(
+                    *path.T,
+                    color=colour,
+                    linewidth=1.3 if number == 0 else 0.7,
+                    alpha=1 if number == 0 else 0.45,
+                    marker="o",
+                    markersize=2.6 if number == 0 else 1.4,
+                )
             simplex.plot(*path[0], "s", color="black", markersize=4)
             simplex.plot(*nash, "*", color="black", markersize=9, zorder=5)
             simplex.set_title(METHOD_NAMES[method], fontsize=9.5, color=colour)
@@ -301,12 +402,29 @@ def draw(runs, methods):
                 simplex.text(x, y + shift, name, ha="center", fontsize=8, color="#5c6166")
         axes.axhline(0, color="#b9b6ae", linewidth=0.8)
         for move in moves:
-            axes.plot(move, 0, "^", color=COLOURS[0], markersize=5.5, clip_on=False, zorder=5, transform=axes.get_xaxis_transform())
-        axes.set(xlabel="iteration", ylabel="duality gap", xlim=(0, None), ylim=(-0.02, None), xticks=range(0, len(runs[0]["gaps"]), 3))
+            axes.plot(
+                move,
+                0,
+                "^",
+                color=COLOURS[0],
+                markersize=5.5,
+                clip_on=False,
+                zorder=5,
+                transform=axes.get_xaxis_transform(),
+            )
+        axes.set(
+            xlabel="iteration",
+            ylabel="duality gap",
+            xlim=(0, None),
+            ylim=(-0.02, None),
+            xticks=range(0, len(runs[0]["gaps"]), 3),
+        )
         axes.grid(axis="y", color="#e8e6e1", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         wide.legend(loc="outside upper center", ncols=4, frameon=False, handlelength=1.2, columnspacing=1.2)
-        narrow.supxlabel("square: start policy, star: Nash policy; thin: the other seeds", fontsize=8.5, color="#5c6166")
+        narrow.supxlabel(
+            "square: start policy, star: Nash policy; thin: the other seeds", fontsize=8.5, color="#5c6166"
+        )
         return svg_file(figure)
 
 
