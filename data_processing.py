@@ -12,8 +12,8 @@
     rejected_token_ids
     win_prob                             P(chosen beats rejected)
     score_chosen, score_rejected         mean win probability against the other samples
-`make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl` with `prompt_id`,
-`prompt`. `make_sft` writes chats, `messages`, for mle.py.
+`make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl` with
+`prompt_id`, `prompt`. `make_sft` writes chats, `messages`, for mle.py.
 """
 
 import hashlib
@@ -339,8 +339,8 @@ def import_pairs(
     """Turn a preference data set in one of TRL's formats into pairs that get_logprobs.py takes.
 
     `chosen` and `rejected` are answers, as text or messages, beside a `prompt`, or whole conversations that differ in
-    their last message. Other rows, and pairs of the same answer, are left out and counted. Only the text is taken: files
-    that this project wrote go to get_logprobs.py as they are, with their token ids and win probabilities.
+    their last message. Other rows, and pairs of the same answer, are left out and counted. Only the text is taken:
+    files that this project wrote go to get_logprobs.py as they are, with their token ids and win probabilities.
 
     Args:
         output: pairs file
@@ -388,7 +388,8 @@ def as_pair(row):
 
 
 def as_messages(value, role):
-    """Messages with role and content alone; text is one message of `role`. Raises TypeError, KeyError for anything else."""
+    """Messages with role and content alone; text is one message of `role`. Raises TypeError, KeyError for anything
+    else."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [{"role": message["role"], "content": message["content"]} for message in value]

@@ -19,8 +19,8 @@ AlpacaEval's 805 instructions.
 and beside it `<output>` with the ending .json, the summary: see `summarise`.
 `matrix` compares all with all, several checkpoints or systems, and writes the game between them: see `play`.
 `intransitivity` measures the cycles in a scores file (intransitivity.py).
-`report` writes a page to read in a browser (report.py), `export` files for other tools (export.py), `harness` runs academic
-benchmarks (harness.py).
+`report` writes a page to read in a browser (report.py), `export` files for other tools (export.py), `harness` runs
+academic benchmarks (harness.py).
 """
 
 import itertools
@@ -244,7 +244,8 @@ def matrix(
         responses: responses files to the same prompts, comma-separated, the last checkpoint last
         output: result, ending in .json; the heat map goes beside it (.svg), the judgements to cells/
         names: one a file, comma-separated; default: from the paths
-        measure: mean_win_prob, the game's payoff, or win_rate, the share of prompts with a probability above 1/2, ties half
+        measure: mean_win_prob, the game's payoff, or win_rate, the share of prompts with a probability above 1/2, ties
+            half
         seed: of the bootstrap
     """
     paths, target = file_lists(responses=responses)[0], Path(output)
@@ -283,15 +284,16 @@ def matrix(
 
 
 def short_names(paths):
-    """What tells response files apart: exps/A/iter3/eval/responses.jsonl and exps/A/start/responses.jsonl -> iter3, start."""
+    """What tells response files apart: exps/A/iter3/eval/responses.jsonl and exps/A/start/responses.jsonl -> iter3,
+    start."""
     stems = [re.sub("(/eval)?/responses$", "", str(path.with_suffix(""))).split("/") for path in paths]
     common = len(os.path.commonprefix([stem[:-1] for stem in stems]))
     return ["/".join(stem[common:]) for stem in stems]
 
 
 def win_probs_by_prompt(cells, count):
-    """P(i beats j) prompt by prompt, (K, K, N) with 1/2 on the diagonal, over the N prompts that every cell has, and N's
-    total number."""
+    """P(i beats j) prompt by prompt, (K, K, N) with 1/2 on the diagonal, over the N prompts that every cell has, and
+    N's total number."""
     found = {
         pair: {record["prompt_id"]: record["win_probs"][0][1] for record in read_jsonl(path)}
         for pair, path in cells.items()
@@ -351,7 +353,8 @@ def play(probs, total, measure="mean_win_prob", seed=0, num_bootstrap=2_000):
 
 
 def print_matrix(result):
-    """The matrix in per cent, each player's worst case and share in the Nash mixture, and the answer for the last one."""
+    """The matrix in per cent, each player's worst case and share in the Nash mixture, and the answer for the last
+    one."""
     names = result["names"]
     width = max(8, *map(len, names)) + 1
     print(
@@ -387,10 +390,10 @@ def print_matrix(result):
 def intransitivity(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
     """Is the judge intransitive? Cycles among the responses that it compared, and what no reward model explains.
 
-    Written: num_prompts, num_left_out (fewer than three different responses), num_triples; each with its 95 % interval over
-    prompts cyclic_triples, the share of triples in which each response beats the next, cyclic_triples_with_margin,
-    cyclic_part, the share of the squared log-odds that no Bradley-Terry score explains, and order_gap, how much the judge
-    disagrees with itself when the two responses change places.
+    Written: num_prompts, num_left_out (fewer than three different responses), num_triples; each with its 95 % interval
+    over prompts cyclic_triples, the share of triples in which each response beats the next, cyclic_triples_with_margin,
+    cyclic_part, the share of the squared log-odds that no Bradley-Terry score explains, and order_gap, how much the
+    judge disagrees with itself when the two responses change places.
 
     Args:
         input: scores file(s) of scoring.py, comma-separated, with three samples a prompt or more

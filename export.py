@@ -44,7 +44,8 @@ def alpaca_eval(inputs, output, name):
 
 
 def hf(inputs, output, name):
-    """Parquet files under data/ and a card; the split is the beginning of the file's name (train.pairs.jsonl: train)."""
+    """Parquet files under data/ and a card; the split is the beginning of the file's name (train.pairs.jsonl:
+    train)."""
     from datasets import load_dataset
 
     splits = {}
@@ -62,14 +63,15 @@ def hf(inputs, output, name):
         (folder / "README.md").write_text(
             "---\ntags: [preference, trl, comal]\nconfigs:\n- config_name: default\n  data_files:\n"
             + "".join(f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in splits)
-            + f"---\n\n# {name or 'Preference pairs'}\n\nPairs in TRL's conversational preference format. `win_prob` is the "
-            "judge's probability that `chosen` beats `rejected`; the `*_token_ids` are those that were sampled.\n",
+            + f"---\n\n# {name or 'Preference pairs'}\n\nPairs in TRL's conversational preference format. `win_prob` is "
+            "the judge's probability that `chosen` beats `rejected`; the `*_token_ids` are those that were sampled.\n",
             encoding="utf-8",
         )
 
 
 def hub(inputs, output, name):
-    """The checkpoint's files and a model card with its method, settings and results, as far as its experiment has them."""
+    """The checkpoint's files and a model card with its method, settings and results, as far as its experiment has
+    them."""
     source = _one(inputs, "hub")
     directory = Path(resolve_model(str(source)))
     check_weights(directory)

@@ -13,7 +13,8 @@ Output, in input order: the input's fields and
 Natural logarithms; the end token counts where it was sampled. They come from the forward path and precision of
 training (launch both the same way), so that training can check that it starts from the last policy. Each model is
 loaded once, and only one when both are the same. What is finished is kept in `<output>.last.partial` and
-`<output>.ref.partial`: a run that was killed goes on there. Exit code 0 means that every pair of the input is in the output.
+`<output>.ref.partial`: a run that was killed goes on there. Exit code 0 means that every pair of the input is in the
+output.
 """
 
 import itertools

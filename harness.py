@@ -25,9 +25,11 @@ def run_tasks(
     tensor_parallel_size=1,
     seed=0,
 ):
-    """Run tasks of the harness on a checkpoint and write its results, {"results", "configs", "versions", "n-samples", ...}.
+    """Run tasks of the harness on a checkpoint and write its results, {"results", "configs", "versions", "n-samples",
+    ...}.
 
-    Returns the harness's table as text. Raises StageError where lm_eval is not installed, or a task is unknown or fails.
+    Returns the harness's table as text. Raises StageError where lm_eval is not installed, or a task is unknown or
+    fails.
     """
     if find_spec("lm_eval") is None:
         raise StageError("lm-evaluation-harness is not installed: pip install lm_eval")
@@ -86,7 +88,8 @@ def run_tasks(
 
 
 def _import_backend_on_cpu():
-    """The harness's vLLM backend asks for vLLM's version under the name of the GPU build, and is told that of the CPU's.
+    """The harness's vLLM backend asks for vLLM's version under the name of the GPU build, and is told that of the
+    CPU's.
 
     vLLM itself, which goes by that name too, is not.
     """

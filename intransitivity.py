@@ -2,9 +2,9 @@
 
 Three responses form a cycle where each beats the next with a probability above one half. A Bradley-Terry judge,
 `P(i beats j) = sigmoid(s_i - s_j)`, has none. Its log-odds are differences of scores; how far others are from that is
-measured by least squares: `logit P = (s_i - s_j) + rest`, where on complete comparisons the best scores are the row means
-of the log-odds, and the rest is orthogonal to all differences of scores, a sum of cycles (HodgeRank: Jiang, Lim, Yao, Ye
-2011). |rest|^2 / |logit P|^2 is the cyclic part: 0 for Bradley-Terry, 1 for rock-paper-scissors.
+measured by least squares: `logit P = (s_i - s_j) + rest`, where on complete comparisons the best scores are the row
+means of the log-odds, and the rest is orthogonal to all differences of scores, a sum of cycles (HodgeRank: Jiang, Lim,
+Yao, Ye 2011). |rest|^2 / |logit P|^2 is the cyclic part: 0 for Bradley-Terry, 1 for rock-paper-scissors.
 """
 
 import itertools
@@ -24,8 +24,8 @@ def distinct(record):
 
 
 def cycle_strengths(probs):
-    """For every three of K responses the probability with which the weakest step of their cycle is won, in the direction
-    in which that is larger: above 1/2 they are a cycle.
+    """For every three of K responses the probability with which the weakest step of their cycle is won, in the
+    direction in which that is larger: above 1/2 they are a cycle.
 
     Args:
         probs: (K, K), [i][j] = P(i beats j)
@@ -42,7 +42,8 @@ def cycle_strengths(probs):
 
 
 def log_odds(probs):
-    """(log-odds of every two of K responses, those of the Bradley-Terry model nearest to them), each (K (K - 1) / 2,)."""
+    """(log-odds of every two of K responses, those of the Bradley-Terry model nearest to them), each (K (K - 1) /
+    2,)."""
     clipped = np.clip(probs, CLIP, 1 - CLIP)
     odds = np.log(clipped / (1 - clipped))  # skew-symmetric
     scores = odds.mean(axis=1)
@@ -53,20 +54,21 @@ def log_odds(probs):
 def measure(records, margin, seed=0, num_bootstrap=1_000):
     """The figures of a judge from the records of a scores file.
 
-    Shares are of all triples, and of the sum of squared log-odds, over all prompts together; prompts with fewer than three
-    different responses do not count. Intervals are 95 % percentile bootstrap intervals over prompts.
+    Shares are of all triples, and of the sum of squared log-odds, over all prompts together; prompts with fewer than
+    three different responses do not count. Intervals are 95 % percentile bootstrap intervals over prompts.
 
     Args:
         records: scores records
         margin: with it, each step of a cycle is won with more than 1/2 + margin
 
     Returns:
-        The figures of `eval.py intransitivity`, and what its picture shows: the cycle strength of every triple, and a pair
-        of log-odds (the judge's, Bradley-Terry's) for every two responses.
+        The figures of `eval.py intransitivity`, and what its picture shows: the cycle strength of every triple, and a
+        pair of log-odds (the judge's, Bradley-Terry's) for every two responses.
     """
     rows, strengths, odds = [], [], []
     num_prompts = 0
-    for num_prompts, record in enumerate(records, 1):
+    for record in records:
+        num_prompts += 1
         probs = distinct(record)
         if len(probs) < 3:
             continue

@@ -1,10 +1,10 @@
 """Judges: P(first response beats second), from a generative judge, reward models, a server, or a panel of them.
 
-A judge is the work of a worker process (`workers.map_files`): a task is (job number, record with `prompt` and `samples`), its
-result the record with
+A judge is the work of a worker process (`workers.map_files`): a task is (job number, record with `prompt` and
+`samples`), its result the record with
     win_probs   K x K, [i][j] = P(sample i beats sample j), null on the diagonal, 1/2 between identical texts
-    order_gap   mean absolute disagreement of the two presentation orders; null when all K texts are identical; 0 where a
-                judge sees no order
+    order_gap   mean absolute disagreement of the two presentation orders; null when all K texts are identical; 0 where
+                a judge sees no order
     label_mass  mean probability of the judge's two labels together, null likewise; 1 where it is not asked for labels
 and what else it has to tell: `rewards`, `usage`, `panel`. `JUDGE_TYPES` names them; `judge_files` judges files.
 """
@@ -30,8 +30,8 @@ MIN_LABEL_MASS = 0.05  # mean probability of both labels together; below it a mo
 class JudgeConfig(EngineConfig):
     """The judge that compares, and the engines' settings.
 
-    Several judges, comma-separated, are a panel: P is the weighted mean of theirs. The flags that describe a judge take one
-    value for all or as many as there are judges.
+    Several judges, comma-separated, are a panel: P is the weighted mean of theirs. The flags that describe a judge take
+    one value for all or as many as there are judges.
 
     Args:
         judge: checkpoint directory or Hub id of the judge; the model's name on a server; several: a panel
@@ -44,7 +44,8 @@ class JudgeConfig(EngineConfig):
             separated by semicolons
         reward_temperature: T of sigmoid((r1 - r2) / T)
         max_prompt_tokens: records with a longer judging prompt are skipped and listed
-        api_base: the server's address, ending in /v1; default: OPENAI_BASE_URL, else OpenAI's. The key is OPENAI_API_KEY
+        api_base: the server's address, ending in /v1; default: OPENAI_BASE_URL, else OpenAI's. The key is
+            OPENAI_API_KEY
         api_concurrency: requests at once
         api_retries: of a request that the server refuses for the moment, or that does not reach it, up to 8 s apart
         api_price: dollars a million prompt tokens and a million completion tokens, comma-separated, to tell the cost
@@ -221,7 +222,8 @@ def panel(record, judged, members, weights):
 
 
 def tell_usage(paths, config):
-    """Log the tokens, and with --api_price the cost, that a server has counted for these files, earlier runs included."""
+    """Log the tokens, and with --api_price the cost, that a server has counted for these files, earlier runs
+    included."""
     if config.judge_type != "openai":
         return
     files = [file for path in paths for file in (path, listing_of(path)) if Path(file).exists()]
@@ -311,8 +313,9 @@ class GenerativeJudge(EngineWork):
 class RewardJudge(EngineWork):
     """A reward model, r(prompt, response): P(first beats second) = sigmoid((r(first) - r(second)) / T), Bradley-Terry.
 
-    Each different response is scored once, through vLLM's pooling; `rewards` has the raw scores of the K responses. Several
-    such judges are the mixture of the paper's second version: the mean of their probabilities, not of their scores.
+    Each different response is scored once, through vLLM's pooling; `rewards` has the raw scores of the K responses.
+    Several such judges are the mixture of the paper's second version: the mean of their probabilities, not of their
+    scores.
 
     Args:
         config: JudgeConfig
@@ -403,8 +406,8 @@ class ServerJudge:
     """A generative judge behind a server with OpenAI's chat completions (vLLM's own, or a hosted one).
 
     The server answers freely; P is read where the two labels part (`read_answer`), from the log-probabilities where the
-    server gives them, else from the answer alone, as 0 or 1. `usage` counts requests and tokens. The special tokens' spellings
-    inside a response are the server's affair.
+    server gives them, else from the answer alone, as 0 or 1. `usage` counts requests and tokens. The special tokens'
+    spellings inside a response are the server's affair.
 
     Args:
         config: JudgeConfig
@@ -512,7 +515,8 @@ class ServerJudge:
         return judgement, usage
 
     def ask_for_less(self, asked, message):
-        """Some servers refuse what others want to be told: leave out the parameter that the message names, if it does."""
+        """Some servers refuse what others want to be told: leave out the parameter that the message names, if it
+        does."""
         with self.lock:
             if self.asked != asked:  # another thread has
                 return True

@@ -3,15 +3,15 @@
     rows = [(prompt ids, [response ids, ...]), ...]        lists of token ids; a pair is a prompt with two responses
     response_logps(model, rows)                            summed log-probabilities, float32
 
-- The responses to a prompt lie behind it in one row, [prompt][chosen][rejected]; a mask keeps them apart and position ids
-  begin anew, so the prompt is computed once.
-- The output layer (`ResponseHead`) sees the positions that predict a response token, and no others. It goes through them
-  block by block: a matrix of positions x vocabulary exists in bfloat16, for the gradient, where that is the precision of the
-  matrix products, and never in float32: there the gradient computes the blocks again.
+- The responses to a prompt lie behind it in one row, [prompt][chosen][rejected]; a mask keeps them apart and position
+  ids begin anew, so the prompt is computed once.
+- The output layer (`ResponseHead`) sees the positions that predict a response token, and no others. It goes through
+  them block by block: a matrix of positions x vocabulary exists in bfloat16, for the gradient, where that is the
+  precision of the matrix products, and never in float32: there the gradient computes the blocks again.
 - Padding is on the right. A row that is alone in its batch has none.
 
-`MODEL_TYPES` are the models for which this was verified: their logits are the output layer's product and nothing else, and
-each layer attends to all positions that the mask allows. Others take the plain way, `plain_logps`.
+`MODEL_TYPES` are the models for which this was verified: their logits are the output layer's product and nothing else,
+and each layer attends to all positions that the mask allows. Others take the plain way, `plain_logps`.
 """
 
 import torch
@@ -61,8 +61,8 @@ def lay_out(rows, device="cpu"):
         predictors    [1, 2, 1, 5, 5]       of each response token the place, in the flattened batch, that predicts it
         labels        [7, 8, 9, 2, 3]       the tokens
         owner         [0, 0, 2, 1, 3]       whose they are: the first responses of both rows, then the second ones
-        attention_mask (B, 1, T, T)         True where a query (third index) may look at a key: in its own response and the
-                                            prompt, not ahead; absent where each row has one response (causal is enough)
+        attention_mask (B, 1, T, T)         True where a query (third index) may look at a key: in its own response and
+                                            the prompt, not ahead; absent where each row has one response (causal is enough)
     """
     length = max(len(prompt) + sum(map(len, responses)) for prompt, responses in rows)
     tokens, positions, segments, predictors, labels, owner = [], [], [], [], [], []
@@ -104,8 +104,8 @@ def sum_by_owner(token_logps, owner, count):
 
 
 def plain_logps(model, rows, device):
-    """`response_logps` the plain way, for any causal model: each response in a row of its own behind its prompt, logits from
-    the first response token of the batch on."""
+    """`response_logps` the plain way, for any causal model: each response in a row of its own behind its prompt, logits
+    from the first response token of the batch on."""
     sequences = [(prompt, responses[side]) for side in range(len(rows[0][1])) for prompt, responses in rows]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
     start = min(len(prompt) for prompt, _ in sequences) - 1  # predicts the first response token
@@ -145,8 +145,9 @@ def install_head(model):
 
 
 class ResponseHead(nn.Linear):
-    """An output layer that returns log-probabilities of given tokens instead of logits, while `targets` are set: pairs of a
-    place in the flattened batch and a token, two (N,) tensors. Then (B, T, H) hidden states give (1, N) float32."""
+    """An output layer that returns log-probabilities of given tokens instead of logits, while `targets` are set: pairs
+    of a place in the flattened batch and a token, two (N,) tensors. Then (B, T, H) hidden states give (1, N)
+    float32."""
 
     targets = None
 
@@ -163,8 +164,9 @@ class ResponseHead(nn.Linear):
 class TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[n, labels[n]] of each row n, (N,) float32.
 
-    The products are in `dtype`; the normaliser `log sum_v exp(logit_v)` is accumulated over blocks in float32. To `keep` the
-    logits, in `dtype`, spares the gradient to compute them again: d logp_n / d logit_nv = [v = label_n] - softmax_nv.
+    The products are in `dtype`; the normaliser `log sum_v exp(logit_v)` is accumulated over blocks in float32. To
+    `keep` the logits, in `dtype`, spares the gradient to compute them again: d logp_n / d logit_nv = [v = label_n] -
+    softmax_nv.
     """
 
     @staticmethod

@@ -44,8 +44,8 @@ def mle_loss(response_logps, num_tokens):
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, win_prob=None):
     """`-log sigmoid(beta * h)`, h the log-ratio margin against the reference (Rafailov et al. 2023, eq. 7).
 
-    With `win_prob` p, `-p log sigmoid(beta h) - (1 - p) log sigmoid(-beta h)`: the mean over labels drawn with probability
-    p (TRL's `label_smoothing` 1 - p), smallest at h = log(p/(1 - p))/beta instead of at infinity.
+    With `win_prob` p, `-p log sigmoid(beta h) - (1 - p) log sigmoid(-beta h)`: the mean over labels drawn with
+    probability p (TRL's `label_smoothing` 1 - p), smallest at h = log(p/(1 - p))/beta instead of at infinity.
     """
     margin = beta * _margin(policy_chosen_logps, ref_chosen_logps, policy_rejected_logps, ref_rejected_logps)
     if win_prob is None:

@@ -1,5 +1,5 @@
-"""Symmetric two-player games given by a preference matrix: `P[i][j]` = P(i beats j), `P[i][j] + P[j][i] = 1`, 1/2 on the
-diagonal. Players are responses, or whole policies that were compared with each other (the empirical game).
+"""Symmetric two-player games given by a preference matrix: `P[i][j]` = P(i beats j), `P[i][j] + P[j][i] = 1`, 1/2 on
+the diagonal. Players are responses, or whole policies that were compared with each other (the empirical game).
 """
 
 import numpy as np

@@ -463,7 +463,8 @@ def draw_matrix(result, whole_file=False):
 
 
 def draw_intransitivity(figures, strengths, odds):
-    """The SVG file of `eval.py intransitivity`: how strong the cycles of three are, and log-odds against Bradley-Terry's.
+    """The SVG file of `eval.py intransitivity`: how strong the cycles of three are, and log-odds against
+    Bradley-Terry's.
 
     Args:
         figures, strengths (T,), odds (N, 2): see `intransitivity.measure`

@@ -1,8 +1,9 @@
 """`workers.map_chunks` on a Ray cluster (--engine ray): the same work in actors on all GPUs of the cluster.
 
-Ray places the actors, notices when one or its node is lost, and starts it again where there is room; a chunk that was lost
-with it goes to the next actor that is free. The project's folder, the models, and the files of the experiment should be
-under the same path on every node: a shared file system, or models from the Hub. Ray is an optional package (pip install ray).
+Ray places the actors, notices when one or its node is lost, and starts it again where there is room; a chunk that was
+lost with it goes to the next actor that is free. The project's folder, the models, and the files of the experiment
+should be under the same path on every node: a shared file system, or models from the Hub. Ray is an optional package
+(pip install ray).
 """
 
 import itertools

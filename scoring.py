@@ -41,8 +41,8 @@ def main(input: str, output: str, responses: str = "", baseline: str = "", compa
     figures = judge_figures(record for path in outputs for record in read_jsonl(path))
     if figures["label_mass"] is not None and "bt-mixture" not in config.judge_type:  # reward models have no labels
         log.info(
-            "the judge's two orders differ by %(order_gap).3f on average; it puts %(label_mass).3f of its probability on "
-            "its labels",
+            "the judge's two orders differ by %(order_gap).3f on average; it puts %(label_mass).3f of its probability "
+            "on its labels",
             figures,
         )
         if figures["label_mass"] < 0.5:

@@ -200,8 +200,8 @@ def on_device(batch, device):
 
 
 def micro_batches(indices, lengths, tokens):
-    """Examples in groups for one forward pass each, the longest first, so that there is little padding and neighbours take
-    the same time: as many as fit into `tokens` positions, padding included, but at least one."""
+    """Examples in groups for one forward pass each, the longest first, so that there is little padding and neighbours
+    take the same time: as many as fit into `tokens` positions, padding included, but at least one."""
     groups = []
     for index in sorted(indices, key=lambda index: -lengths[index]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:

@@ -402,7 +402,7 @@ def read_scores(path):
 
     Raises StageError unless these lie in [0, 1], those of the two orders add up to 1, and the diagonal is null.
     """
-    for number, record in enumerate(read_samples(path)):
+    for record in read_samples(path):
         where, rows = f"{path}, prompt_id {record['prompt_id']}", record.get("win_probs")
         count = len(record["samples"])
         if not (

@@ -1,7 +1,7 @@
 """The vLLM engine, how chunks of records go through it, and the policy that samples responses.
 
-`Sampler`, and the judges of judges.py, are built inside worker processes (`workers.map_files`), each of which owns its GPUs.
-Imports that cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
+`Sampler`, and the judges of judges.py, are built inside worker processes (`workers.map_files`), each of which owns its
+GPUs. Imports that cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
 import itertools
@@ -171,11 +171,11 @@ class Engine:
 
 
 class EngineWork:
-    """Chunks of tasks through one engine, which goes on with the next chunk while the last requests of one are finished:
-    the work of a worker process (workers.map_chunks). Called with tasks, it returns their results.
+    """Chunks of tasks through one engine, which goes on with the next chunk while the last requests of one are
+    finished: the work of a worker process (workers.map_chunks). Called with tasks, it returns their results.
 
-    Subclasses have an `engine` and `requests(tasks)`, which returns the prompts as token ids, SamplingParams for each, and a
-    function that turns their outputs, in order, into the results of all tasks.
+    Subclasses have an `engine` and `requests(tasks)`, which returns the prompts as token ids, SamplingParams for each,
+    and a function that turns their outputs, in order, into the results of all tasks.
     """
 
     def __init__(self):
@@ -205,8 +205,8 @@ class EngineWork:
 
 
 def cpu_kv_cache_bytes(config, max_model_len):
-    """Room for 128 sequences of full length, but no more than 1 GiB unless two of them need it: vLLM fills all of it with
-    zeros at its start, which takes up to 3 s a GiB. VLLM_CPU_KVCACHE_SPACE (GiB) overrides it.
+    """Room for 128 sequences of full length, but no more than 1 GiB unless two of them need it: vLLM fills all of it
+    with zeros at its start, which takes up to 3 s a GiB. VLLM_CPU_KVCACHE_SPACE (GiB) overrides it.
 
     Args:
         config: the text part of a transformers config.
@@ -265,7 +265,8 @@ class Sampler(EngineWork):
                 results.append(
                     {
                         "prompt_id": record["prompt_id"],
-                        "skipped": f"the prompt has {len(ids)} tokens, --max_prompt_tokens is {self.config.max_prompt_tokens}",
+                        "skipped": f"the prompt has {len(ids)} tokens, "
+                        f"--max_prompt_tokens is {self.config.max_prompt_tokens}",
                     }
                 )
         return results

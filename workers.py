@@ -1,9 +1,9 @@
 """Records through local worker processes, losing nothing: `map_files(jobs, make_work, pool, description)`.
 
-Each worker owns its GPUs (or none). Records are handed out in chunks, the next one before the last is finished, so that no
-worker waits; one that dies or stalls is replaced and its
-records are tried again, and one that always kills its worker is found by halving the chunk. What is finished is kept in
-`<output>.partial` until the output is complete, so a stage that is killed goes on where it stopped.
+Each worker owns its GPUs (or none). Records are handed out in chunks, the next one before the last is finished, so that
+no worker waits; one that dies or stalls is replaced and its records are tried again, and one that always kills its
+worker is found by halving the chunk. What is finished is kept in `<output>.partial` until the output is complete, so a
+stage that is killed goes on where it stopped.
 """
 
 import contextlib
@@ -226,12 +226,12 @@ def map_chunks(make_work, chunks, environments, give_up, stall_timeout=0):
     """Yield `(tasks, results)` for every chunk, a list of tasks, as they are finished, in any order.
 
     One worker process per environment; `make_work()` is called once in each and returns an object with two methods:
-    `begin(number, tasks)` takes a chunk, `step()` works on all chunks for a moment and returns [(number, results)] of those
-    that are finished. A worker has IN_FLIGHT chunks at most, so a fast one takes more of them. A worker that dies, raises
-    an exception or finishes no chunk for `stall_timeout` seconds is named and replaced, and its chunks are tried a second
-    time, each alone, then in halves, each of them once, down to the one task that does it: `give_up(task, reason)` raises
-    StageError or returns a result. A StageError inside a worker, and a worker that never gets ready in MAX_STARTS starts,
-    end everything.
+    `begin(number, tasks)` takes a chunk, `step()` works on all chunks for a moment and returns [(number, results)] of
+    those that are finished. A worker has IN_FLIGHT chunks at most, so a fast one takes more of them. A worker that
+    dies, raises an exception or finishes no chunk for `stall_timeout` seconds is named and replaced, and its chunks are
+    tried a second time, each alone, then in halves, each of them once, down to the one task that does it:
+    `give_up(task, reason)` raises StageError or returns a result. A StageError inside a worker, and a worker that never
+    gets ready in MAX_STARTS starts, end everything.
     """
     chunks, redo, starts = map(Chunk, chunks), [], [1] * len(environments)
     chunk = next(chunks, None)

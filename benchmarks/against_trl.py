@@ -2,10 +2,10 @@
 
     python benchmarks/against_trl.py --prompts FILE [--shape 44M] [--precision bf16] [--count 16]
 
-TRL is installed beside the project's packages (pip install --no-deps --target exps/trl trl==1.16.0), in a folder of its own
-that only its process sees. Both train the same model on the same token ids, one pair a step, AdamW, in processes of their
-own; the time of the reference's log-probabilities and of the first step is left out of both. TRL is tried with its default
-and, on a GPU, with padding-free batches; the fastest counts. Goal: 1.5 times TRL's speed.
+TRL is installed beside the project's packages (pip install --no-deps --target exps/trl trl==1.16.0), in a folder of its
+own that only its process sees. Both train the same model on the same token ids, one pair a step, AdamW, in processes of
+their own; the time of the reference's log-probabilities and of the first step is left out of both. TRL is tried with
+its default and, on a GPU, with padding-free batches; the fastest counts. Goal: 1.5 times TRL's speed.
 """
 
 import contextlib

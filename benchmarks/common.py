@@ -47,7 +47,8 @@ def make_model(shape, seed=0):
 
 
 def random_model(source, hidden, layers, folder):
-    """The model `source` in this size with random weights, and its tokenizer, written to `folder`, which is returned."""
+    """The model `source` in this size with random weights, and its tokenizer, written to `folder`, which is
+    returned."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from utils import resolve_model
@@ -88,9 +89,9 @@ def read_prompt_texts(path):
 
 
 def make_pairs(prompts, count, seed=0, longest=1024, sequence=0):
-    """[(prompt ids, chosen ids, rejected ids)] of random tokens. Prompts take a token for four characters and 20 for the
-    chat template; responses are log-normal around 256 tokens (standard deviation 0.6 of the logarithm), at most `longest`. With
-    `sequence` both sequences of a pair, prompt and response, have just that many tokens."""
+    """[(prompt ids, chosen ids, rejected ids)] of random tokens. Prompts take a token for four characters and 20 for
+    the chat template; responses are log-normal around 256 tokens (standard deviation 0.6 of the logarithm), at most
+    `longest`. With `sequence` both sequences of a pair, prompt and response, have just that many tokens."""
     generator = np.random.default_rng(seed)
     texts = read_prompt_texts(prompts)
     chosen = generator.choice(len(texts), count, replace=False)
@@ -106,7 +107,8 @@ def make_pairs(prompts, count, seed=0, longest=1024, sequence=0):
 
 
 class PeakMemory:
-    """Peak of the memory in use during a block above what was in use before, in MiB: `with PeakMemory() as peak: ...; peak.mib`.
+    """Peak of the memory in use during a block above what was in use before, in MiB: `with PeakMemory() as peak: ...;
+    peak.mib`.
 
     On a GPU it is the allocator's; on a CPU the process's resident memory, looked at every 2 ms."""
 

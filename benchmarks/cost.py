@@ -1,13 +1,15 @@
-"""What a run of 42 iterations costs, on paper: tokens, FLOPs, bytes, hours and disk for three policies on 1, 8 and 64 GPUs.
+"""What a run of 42 iterations costs, on paper: tokens, FLOPs, bytes, hours and disk for three policies on 1, 8 and 64
+GPUs.
 
     python benchmarks/cost.py > benchmarks/COST.md
     python benchmarks/cost.py --matrix_rate 400 --bandwidth 2.0        of another card
 
-The work is counted; the time is a model. A stage of matrix products takes FLOPs / (matrix rate x the share of it that is
-reached); decoding takes what is larger of that and of the bytes it reads over the memory's bandwidth; sharded training what
-is larger of the products and of the parameters that each pass gathers from the other GPUs. Nothing of it was measured on a
-GPU: the shares for log-probabilities and training are those of RESULTS.md, of a CPU; all others are assumptions, listed below
-the table. Replace them by your own.
+The work is counted; the time is a model. A stage of matrix products takes FLOPs / (matrix rate x the share of it that
+is reached); decoding takes what is larger of that and of the bytes it reads over the memory's bandwidth; sharded
+training what is larger of the products and of the parameters that each pass gathers from the other GPUs. Nothing of it
+was measured on a
+GPU: the shares for log-probabilities and training are those of RESULTS.md, of a CPU; all others are assumptions, listed
+below the table. Replace them by your own.
 """
 
 from dataclasses import dataclass
@@ -32,8 +34,8 @@ class Model:
         return self.hidden * self.vocabulary
 
     def forward(self, tokens, predicted):
-        """FLOPs of the matrix products: 2 a weight and token, the output layer where a token is predicted. Attention's own
-        are left out: 4 x hidden x context a layer and token, under a tenth of them at these lengths."""
+        """FLOPs of the matrix products: 2 a weight and token, the output layer where a token is predicted. Attention's
+        own are left out: 4 x hidden x context a layer and token, under a tenth of them at these lengths."""
         return 2 * ((self.parameters - self.head) * tokens + self.head * predicted)
 
     @property

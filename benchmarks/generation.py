@@ -3,10 +3,10 @@
     python benchmarks/generation.py --prompts FILE [--policy exps/demo-models/policy] [--count 64] [--num_samples 5]
     python benchmarks/generation.py --prompts FILE --hidden 512 --layers 8      a policy of that size with random weights
 
-The plain way hands `LLM.generate` a batch of prompts, waits until its longest response has ended, and takes the next batch;
-log-probabilities of the tokens are stored, as many samplers do. Ours keeps the engine full, two chunks at a time, and stores
-tokens alone. A random policy of the demo's vocabulary ends with a probability of about 1/300 a token, so that lengths vary
-as they do in practice.
+The plain way hands `LLM.generate` a batch of prompts, waits until its longest response has ended, and takes the next
+batch; log-probabilities of the tokens are stored, as many samplers do. Ours keeps the engine full, two chunks at a
+time, and stores tokens alone. A random policy of the demo's vocabulary ends with a probability of about 1/300 a token,
+so that lengths vary as they do in practice.
 
 Goal: the engine is full until the last chunk; the same samples.
 """

@@ -1,14 +1,16 @@
-"""How time and memory of every stage grow with the number of prompts, of samples a prompt (K), and of tokens a response.
+"""How time and memory of every stage grow with the number of prompts, of samples a prompt (K), and of tokens a
+response.
 
     python benchmarks/growth.py --prompts FILE [--sweep prompts|samples|length]
 
-Each stage's own command is run on files of three sizes, a factor of 10 or more apart, with a random policy of 4 layers of 256
-and the demo's judge. The time of its start, that of a run on four prompts, is subtracted; the exponent is the slope of the
-logarithms, where the time above the start grows at all. Memory is the peak of the stage's largest process; an engine's rises
-until its KV cache, 1 GiB at most on a CPU, has been used once.
+Each stage's own command is run on files of three sizes, a factor of 10 or more apart, with a random policy of 4 layers
+of 256 and the demo's judge. The time of its start, that of a run on four prompts, is subtracted; the exponent is the
+slope of the logarithms, where the time above the start grows at all. Memory is the peak of the stage's largest process;
+an engine's rises until its KV cache, 1 GiB at most on a CPU, has been used once.
 
-Goals: time linear in the prompts; memory of every stage independent of their number; judging quadratic in K, as all pairs
-are compared; sampling, log-probabilities and training linear in the response length while the attention's share is small.
+Goals: time linear in the prompts; memory of every stage independent of their number; judging quadratic in K, as all
+pairs are compared; sampling, log-probabilities and training linear in the response length while the attention's share
+is small.
 """
 
 import json

@@ -1,14 +1,15 @@
-"""Judging K responses a prompt, all against all in both orders: judges.GenerativeJudge against the plain way, same engine.
+"""Judging K responses a prompt, all against all in both orders: judges.GenerativeJudge against the plain way, same
+engine.
 
     python benchmarks/judging.py --prompts FILE [--judge exps/demo-models/judge] [--count 16] [--num_samples 5]
     python benchmarks/judging.py --prompts FILE --hidden 512 --layers 8     a larger judge with random weights: time only
 
-The plain way asks the judge as one would by hand: every ordered pair is a request of its own for up to 16 tokens, without a
-prefix cache; the label is looked for in the answer, and its probability read there. The instructions are the file's, the
-"responses" other texts of the file: what is measured is the work, not the judge.
+The plain way asks the judge as one would by hand: every ordered pair is a request of its own for up to 16 tokens,
+without a prefix cache; the label is looked for in the answer, and its probability read there. The instructions are the
+file's, the "responses" other texts of the file: what is measured is the work, not the judge.
 
-Goals: uncached prompt tokens within 15 % of the floor (each distinct prefix once), one decoded token a judgement, twice the
-judgements a second on a CPU and three times on a GPU, probabilities within 1e-3 where both read the same position.
+Goals: uncached prompt tokens within 15 % of the floor (each distinct prefix once), one decoded token a judgement, twice
+the judgements a second on a CPU and three times on a GPU, probabilities within 1e-3 where both read the same position.
 """
 
 import math
@@ -39,7 +40,8 @@ def make_records(prompts, count, num_samples, longest=600):
 
 
 def run(queue, way, config, records):
-    """In a process of its own: (seconds, {(prompt, first, second): P(first)}, prompt tokens, uncached ones, decoded ones)."""
+    """In a process of its own: (seconds, {(prompt, first, second): P(first)}, prompt tokens, uncached ones, decoded
+    ones)."""
     from vllm import SamplingParams
 
     judges.MIN_LABEL_MASS = 0  # of random weights

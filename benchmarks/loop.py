@@ -3,9 +3,9 @@
     python benchmarks/loop.py [--iterations 3]
     ray start --head; python benchmarks/loop.py --engine ray        the same on a Ray cluster, to see what that costs
 
-A load is a start of vLLM's engine or a model that PyTorch reads, as the stages' logs tell. The start of a stage, from its
-command to its first record, is what the loop pays for each of them, whatever the model's size; reading its weights comes on
-top (bytes over the disk's rate).
+A load is a start of vLLM's engine or a model that PyTorch reads, as the stages' logs tell. The start of a stage, from
+its command to its first record, is what the loop pays for each of them, whatever the model's size; reading its weights
+comes on top (bytes over the disk's rate).
 
 Goals: under 2 s to the first stage; five loads an iteration at most.
 """

@@ -1,4 +1,5 @@
-"""Log-probabilities and training steps: the project's path against the plain one, on the same pairs in the same process.
+"""Log-probabilities and training steps: the project's path against the plain one, on the same pairs in the same
+process.
 
     python benchmarks/model.py --prompts FILE [--shape 44M] [--precision bf16] [--count 24]
     python benchmarks/model.py --prompts FILE --shape 1.5B --count 64 [--gradient_checkpointing]     on a GPU
@@ -7,11 +8,12 @@
 The plain way is what one writes first: chosen and rejected in rows of their own, padded; the logits of all positions in
 float32, log-softmax, gather. Log-probabilities in batches of 4 pairs, training one pair a step.
 
-Goals. CPU, bf16: log-probabilities 2.5 times as fast with 1/20 of the extra memory; a training step (optimiser included)
-1.9 times as fast with 1/3. In float32 log-probabilities within 1e-3 nats, gradients within 1e-5. One H200, shape 1.5B, bf16:
-60 % of the card's measured matrix rate for log-probabilities and 45 % for training (the extra forward pass of gradient
-checkpointing not counted as work); one pair of 2 x 4,096 tokens trains in under 40 GB in all, so in under 15 GB beyond the
-model and its optimiser's state.
+Goals. CPU, bf16: log-probabilities 2.5 times as fast with 1/20 of the extra memory; a training step (optimiser
+included)
+1.9 times as fast with 1/3. In float32 log-probabilities within 1e-3 nats, gradients within 1e-5. One H200, shape 1.5B,
+bf16: 60 % of the card's measured matrix rate for log-probabilities and 45 % for training (the extra forward pass of
+gradient checkpointing not counted as work); one pair of 2 x 4,096 tokens trains in under 40 GB in all, so in under 15
+GB beyond the model and its optimiser's state.
 """
 
 import contextlib

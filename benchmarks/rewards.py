@@ -1,9 +1,10 @@
-"""Scoring K responses a prompt with a reward model: judges.RewardJudge (vLLM's pooling) against transformers, same model.
+"""Scoring K responses a prompt with a reward model: judges.RewardJudge (vLLM's pooling) against transformers, same
+model.
 
     python benchmarks/rewards.py --prompts FILE [--hidden 512] [--layers 8] [--count 32] [--num_samples 5]
 
-The plain way is transformers with padded batches of 8 responses, in the order of the file. Goal: as fast or faster; the same
-rewards.
+The plain way is transformers with padded batches of 8 responses, in the order of the file. Goal: as fast or faster; the
+same rewards.
 """
 
 import os

@@ -94,7 +94,8 @@ def some_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo_models(tmp_path_factory, worker_id):
-    """The demo's models, fitted briefly, and 32 prompts an iteration; built once, also for tests that run in parallel."""
+    """The demo's models, fitted briefly, and 32 prompts an iteration; built once, also for tests that run in
+    parallel."""
     folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
     directory = folder / "demo-models"
     with FileLock(folder / "demo-models.lock"):

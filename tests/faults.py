@@ -2,9 +2,9 @@
 
     bash tests/faults.sh [--kills 40] [--iterations 3] [--seed 0]
 
-Prints one line a kill (moment, stage, victim, signal, how the loop ended, processes and shared memory left behind), then
-their counts by stage, victim and signal, and at last the files that differ. Where a loop is done before all kills happened, another one begins.
-Exit code 0 means: nothing was left behind, and every file is the same but for timings.
+Prints one line a kill (moment, stage, victim, signal, how the loop ended, processes and shared memory left behind),
+then their counts by stage, victim and signal, and at last the files that differ. Where a loop is done before all kills
+happened, another one begins. Exit code 0 means: nothing was left behind, and every file is the same but for timings.
 """
 
 import argparse
@@ -85,10 +85,12 @@ def describe(pid, command, loop):
 
 
 def disturb(log_path, mark, kills, rng, longest=16, **settings):
-    """Run a loop to its end, killing one of its processes every 1 to `longest` seconds until there were `kills` of them.
+    """Run a loop to its end, killing one of its processes every 1 to `longest` seconds until there were `kills` of
+    them.
 
-    It is started again wherever it ends. Yields {stage, victim, signal, outcome, left: command lines of processes and names
-    of shared-memory segments left behind} a kill. Raises RuntimeError when the loop fails although nothing was killed.
+    It is started again wherever it ends. Yields {stage, victim, signal, outcome, left: command lines of processes and
+    names of shared-memory segments left behind} a kill. Raises RuntimeError when the loop fails although nothing was
+    killed.
     """
     segments = unmapped_segments()
     with open(log_path, "ab") as log:

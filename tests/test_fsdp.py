@@ -24,8 +24,8 @@ from training_fixtures import (
 import inpo
 import mle
 
-# Eleven pairs in batches of six and five, micro-batches of two or three: the second process has none in the second round, and the
-# last one is shorter.
+# Eleven pairs in batches of six and five, micro-batches of two or three: the second process has none in the second
+# round, and the last one is shorter.
 INPO = dict(
     eta=0.02,
     tau_eta_ratio=0.25,
@@ -57,8 +57,8 @@ def one_process(setting, single_process, outputs):
 
 
 def differences(output, expected):
-    """Largest relative difference of the per-step losses, of the gradient norms and of the validation losses, and largest
-    absolute difference of a saved weight."""
+    """Largest relative difference of the per-step losses, of the gradient norms and of the validation losses, and
+    largest absolute difference of a saved weight."""
     names = ("loss", "grad_norm", "validation_loss")
     relative = [relative_difference(column(output, name), column(expected, name)) for name in names]
     first, second = (load_file(directory / "model/model.safetensors") for directory in (output, expected))
@@ -261,8 +261,8 @@ def test_fsdp_bfloat16_reduces_and_returns_float32(fsdp, setting, capsys):
     distance = abs(column(fsdp.bf16.output, "normalised_loss")[0] - 1)
     with capsys.disabled():
         print(
-            f" [FSDP 2 in bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats, normalised loss from 1 "
-            f"by {distance:.1e}] ",
+            f" [FSDP 2 in bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats, normalised loss from "
+            f"1 by {distance:.1e}] ",
             end="",
         )
     assert 1e-3 < rounding < 0.5  # measured: 0.15

@@ -2,9 +2,9 @@
 
     python -m pytest tests/test_games.py        (-s shows the gaps)
 
-No sampling: the loss of an inner iteration is its expectation over pairs drawn from the last policy, minimised by Newton's
-method with the derivatives of losses.py. What comes out is compared with solutions found in other ways: by hand, by linear
-programming, by a root of the regularised game's fixed-point equation.
+No sampling: the loss of an inner iteration is its expectation over pairs drawn from the last policy, minimised by
+Newton's method with the derivatives of losses.py. What comes out is compared with solutions found in other ways: by
+hand, by linear programming, by a root of the regularised game's fixed-point equation.
 """
 
 import itertools
@@ -49,8 +49,9 @@ START = {
 def expected_loss(loss, policy, last, game, anchors, soft=True):
     """Mean of `loss` over ordered pairs of different responses, drawn independently from the last policy.
 
-    Policies are log-probabilities (K,); `anchors` are those that the loss takes after the policy's own. With soft labels
-    the pair (i, j) counts as it is, with win_prob; without, as i preferred to j with probability P[i][j], or the other way.
+    Policies are log-probabilities (K,); `anchors` are those that the loss takes after the policy's own. With soft
+    labels the pair (i, j) counts as it is, with win_prob; without, as i preferred to j with probability P[i][j], or the
+    other way.
     """
     size = len(policy)
     i, j = (torch.tensor(index) for index in zip(*((a, b) for a in range(size) for b in range(size) if a != b)))
@@ -128,7 +129,8 @@ def test_comal_reaches_the_nash_policy(name, capsys):
 
 
 def regularised_nash(game, reference, tau):
-    """The solution of `pi = softmax(log pi_ref + P(. > pi)/tau)`, the game with tau KL(pi || pi_ref), by a root finder."""
+    """The solution of `pi = softmax(log pi_ref + P(. > pi)/tau)`, the game with tau KL(pi || pi_ref), by a root
+    finder."""
 
     def residual(theta):
         policy = np.exp(theta - theta.max())
@@ -183,8 +185,9 @@ K = 5
 
 
 def rule_pairs(rule, game):
-    """(responses of K samples (S, K), chosen (S,), rejected (S,), share (S,)) for all sequences of K samples and what the
-    rule of data_processing.py makes of each; pairs of the same response and ties are dropped, as make_pairs does."""
+    """(responses of K samples (S, K), chosen (S,), rejected (S,), share (S,)) for all sequences of K samples and what
+    the rule of data_processing.py makes of each; pairs of the same response and ties are dropped, as make_pairs
+    does."""
     rows = []
     for sequence in itertools.product(range(len(game)), repeat=K):
         win_probs = [[None if i == j else game[a][b] for j, b in enumerate(sequence)] for i, a in enumerate(sequence)]
@@ -200,7 +203,8 @@ def rule_pairs(rule, game):
 
 
 def rule_limit(rule, soft, game, rounds=150):
-    """The policy that COMAL with a pair rule ends at: eta 1, the reference moves every 12 iterations; exact expectations."""
+    """The policy that COMAL with a pair rule ends at: eta 1, the reference moves every 12 iterations; exact
+    expectations."""
     sequences, chosen, rejected, share = rule_pairs(rule, game)
     win_prob = torch.tensor(game)[chosen, rejected] if soft else None
     last = reference = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64).log()

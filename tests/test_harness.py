@@ -32,7 +32,8 @@ metric_list:
 @needs_harness
 @pytest.mark.parametrize("backend", ["hf", "vllm"])
 def test_harness_scores_a_task(demo_models, tmp_path, backend):
-    """The start policy gives the first answer with probability 0.8, the others with 0.1: right wherever that is asked for."""
+    """The start policy gives the first answer with probability 0.8, the others with 0.1: right wherever that is asked
+    for."""
     from game import ANSWERS, phrasings
 
     questions = tmp_path / "holiday.jsonl"

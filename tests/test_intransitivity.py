@@ -55,8 +55,9 @@ def test_rock_paper_scissors_is_nothing_but_a_cycle():
 
 
 def test_a_cycle_beside_a_loser_of_all():
-    """Four responses: rock, paper, scissors and one that loses to each with odds 9:1. One of four triples is a cycle. By hand,
-    in units of log 9: the rest is the cycle, three pairs of 1; the whole has three more pairs of 1. Half is cyclic."""
+    """Four responses: rock, paper, scissors and one that loses to each with odds 9:1. One of four triples is a cycle.
+    By hand, in units of log 9: the rest is the cycle, three pairs of 1; the whole has three more pairs of 1. Half is
+    cyclic."""
     probs = np.full((4, 4), 0.5)
     probs[:3, :3], probs[:3, 3], probs[3, :3] = ROCK_PAPER_SCISSORS, 0.9, 0.1
     figures = measure([record(probs)], 0.1)[0]

@@ -177,7 +177,8 @@ def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, s
     for name in ("margin", "kl_last", "kl_ref"):  # in nats; measured: under 5e-6
         assert column(output, name) == pytest.approx([step[name] for step in expected], abs=2e-5), name
     assert column(output, "accuracy")[1:] == [step["accuracy"] for step in expected[1:]]  # at step 1 it is rounding
-    # Adam's first steps divide gradients by their own size, also those that are rounding: hence norms, not single weights.
+    # Adam's first steps divide gradients by their own size, also those that are rounding: hence norms, not single
+    # weights.
     trained, plain, start = (weights.state_dict() for weights in (load(output / "model"), model, load(setting.policy)))
     distance = lambda one, other: sum((one[name] - other[name]).square().sum() for name in plain) ** 0.5  # noqa: E731
     assert distance(trained, plain) < 1e-3 * distance(plain, start)  # measured: 1e-4
@@ -231,7 +232,10 @@ def test_metrics_and_files_of_a_checkpoint(train, setting):
 
 def saved_tensors(directory):
     with safe_open(directory / "model.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {
+            name: file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118, no mapping
+        }
 
 
 def test_checkpoint_loads_and_holds_tied_weights_once_in_float32(train, setting):
@@ -456,7 +460,8 @@ def umask():
 
 @pytest.fixture
 def stopped(train, monkeypatch):
-    """A function that trains in this process as `undisturbed` did and is stopped where `method` would run for the n-th time."""
+    """A function that trains in this process as `undisturbed` did and is stopped where `method` would run for the n-th
+    time."""
 
     def run(method, count=1, **flags):
         calls, original = [], getattr(Trainer, method)
@@ -477,7 +482,8 @@ def stopped(train, monkeypatch):
 @pytest.mark.parametrize("name", ["best", "swapped"])
 @pytest.mark.parametrize("method, count", [("save_resume_point", 2), ("tidy", 2), ("update", 6)])
 def test_a_stop_between_any_two_files_is_mended(undisturbed, train, stopped, tmp_path, name, method, count):
-    # Before the resume point that would know the newest best weights; before what it replaces is removed; and between two.
+    # Before the resume point that would know the newest best weights; before what it replaces is removed; and between
+    # two.
     run = undisturbed[name]
     stopped(method, count, **run.flags)
     assert list((tmp_path / "ckpt").glob("best-*")) and not (tmp_path / "ckpt/DONE").exists()
@@ -571,8 +577,8 @@ def test_model_fingerprint_sees_config_sizes_and_weights(setting, tmp_path):
     assert model_fingerprint(model) == fingerprints[0]
 
 
-# A file system of a few megabytes, in a mount namespace of its own. $1: the directory, $2: its size in KiB; then inpo.py's
-# command. The first run fills it up; the second one has space.
+# A file system of a few megabytes, in a mount namespace of its own. $1: the directory, $2: its size in KiB; then
+# inpo.py's command. The first run fills it up; the second one has space.
 FULL_DISK = """
 mount -t tmpfs -o size=$2k none "$1" || exit 77
 directory=$1; shift 2

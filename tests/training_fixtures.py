@@ -95,7 +95,8 @@ def plain_logps(model, record):
 
 @pytest.fixture(scope="session", name="setting")
 def setting_fixture(tmp_path_factory, model_dirs):
-    """`policy` and `reference` (Qwen2 models), `pairs` (a file of 11) and `data` (with the log-probabilities of both)."""
+    """`policy` and `reference` (Qwen2 models), `pairs` (a file of 11) and `data` (with the log-probabilities of
+    both)."""
     import torch
 
     from data_utils import load_tokenizer

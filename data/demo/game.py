@@ -281,8 +281,8 @@ def table(experiment: str, start: str = "exps/demo-models/policy"):
         )
     print(f"{'Nash':10} " + " ".join(f"{p:9.3f}" for p in (4 / 11, 3 / 11, 4 / 11)) + f" {0:8.3f} {0:9.3f}")
     print(
-        "\nIteration i is the policy that iteration i trained; other: its probability of anything but the three answers.\n"
-        "gap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at Nash."
+        "\nIteration i is the policy that iteration i trained; other: its probability of anything but the three "
+        "answers.\ngap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at Nash."
     )
 
 
@@ -293,8 +293,8 @@ LAST_ITERATIONS = 6  # single iterations are noisy; their mean over the last one
 
 
 def read_run(experiment):
-    """{method, seed, moves, gaps, others, policies} of a run that comal.sh has finished: `moves` are the numbers of iterations
-    behind which the reference moved; of the last three there is one value a policy, the start's first."""
+    """{method, seed, moves, gaps, others, policies} of a run that comal.sh has finished: `moves` are the numbers of
+    iterations behind which the reference moved; of the last three there is one value a policy, the start's first."""
     try:
         settings = json.loads((experiment / "run.json").read_text())
         rows = json.loads((experiment / "game.json").read_text())
@@ -358,8 +358,8 @@ def compare(experiments: list, output: str):
 
 
 def draw(runs, methods):
-    """The SVG file: the gap by iteration, mean over seeds with their range as a band and triangles where COMAL's reference
-    moves; beside it one simplex a method."""
+    """The SVG file: the gap by iteration, mean over seeds with their range as a band and triangles where COMAL's
+    reference moves; beside it one simplex a method."""
     import numpy as np
     from matplotlib.figure import Figure
 
