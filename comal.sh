@@ -378,7 +378,7 @@ matrix() {  # all against all: the start policy and each round's last one
 
 report() {  # exps/NAME/report/index.html; a run does not fail for its report
   mkdir -p "$exp/report"
-  "${marked[@]}" "$PYTHON" eval.py report "$exp" >"$exp/report/log" 2>&1 7>&- 8>&- 9>&- ||
+  "${marked[@]}" "$PYTHON" -m analysis.report "$exp" >"$exp/report/log" 2>&1 7>&- 8>&- 9>&- ||
     echo "comal.sh: WARNING: no report was written; see $exp/report/log" >&2
 }
 
@@ -698,7 +698,7 @@ check_settings() {  # write run.json, or compare with the one that is there once
   local name lines=() versions=() changed file=$exp/run.json
   for name in "${PINNED[@]}"; do lines+=("  \"$name\": \"${!name}\","); done
   for name in "${files[@]}"; do lines+=("  \"sha256 $name\": \"$(sha256sum <"$name" | cut -c1-64)\","); done
-  versions=("  \"code\": \"$(sha256sum *.py comal.sh prompts/* | sha256sum | cut -c1-64)\",")
+  versions=("  \"code\": \"$(sha256sum *.py */*.py comal.sh launch/* prompts/* | sha256sum | cut -c1-64)\",")
   packages=$("$PYTHON" -c 'from importlib.metadata import distributions
 for found in distributions(): print(found.metadata["Name"], found.version)')
   for name in torch transformers vllm accelerate; do versions+=("  \"$name\": \"$(package "$name")\","); done
@@ -745,5 +745,5 @@ case ${1-} in
   --help | -h) sed -n '2,/^# -* end of settings/p' comal.sh | grep -v -e '^set -' -e '^cd ' -e '^gpus_present' -e '^\[\['; exit 0 ;;
   *) die "unknown argument $1; settings are variables: METHOD=comal bash comal.sh, see --help" ;;
 esac
-if [[ -n $plan ]]; then PYTHON=${PYTHON:-.venv/bin/python}; else source ./setup.sh || exit 1; fi
+if [[ -n $plan ]]; then PYTHON=${PYTHON:-.venv/bin/python}; else source launch/setup.sh || exit 1; fi
 main

@@ -220,8 +220,8 @@ class PairDataset(JsonlDataset):
         return record["prompt_id"], 1.0, sum(len(record[name]) for name in TOKEN_FIELDS)
 
     def collate(self, records):
-        """A batch of pairs: `rows` of (prompt, [chosen, rejected]) token ids, see logps.py; `prompt_ids`; and as (B,)
-        tensors `last_chosen_logps` ... `ref_rejected_logps`, `win_prob`."""
+        """A batch of pairs: `rows` of (prompt, [chosen, rejected]) token ids, see training/logps.py; `prompt_ids`; and
+        as (B,) tensors `last_chosen_logps` ... `ref_rejected_logps`, `win_prob`."""
         batch = {"rows": [(r["prompt_token_ids"], [r["chosen_token_ids"], r["rejected_token_ids"]]) for r in records]}
         batch["win_prob"] = torch.tensor([r.get("win_prob", 1.0) for r in records], dtype=torch.float32)
         for name in LOGP_FIELDS:
@@ -333,8 +333,8 @@ class ChatDataset(JsonlDataset):
         }
 
     def collate(self, records):
-        """A batch of chats: `rows` of (prompt, [answer]) token ids, see logps.py; `num_tokens` of the answers (B,);
-        `prompt_ids`."""
+        """A batch of chats: `rows` of (prompt, [answer]) token ids, see training/logps.py; `num_tokens` of the answers
+        (B,); `prompt_ids`."""
         encoded = [self.encode(record) for record in records]
         batch = {"rows": [(e["prompt_token_ids"], [e["response_token_ids"]]) for e in encoded]}
         batch["num_tokens"] = torch.tensor([float(len(e["response_token_ids"])) for e in encoded])

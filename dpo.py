@@ -10,7 +10,7 @@ DPO is one such step from the reference; iterative DPO takes the last policy as 
 
 from data_utils import PairDataset
 from losses import dpo_loss
-from train_utils import TrainingConfig, train
+from training.trainer import TrainingConfig, train
 from utils import StageError, run
 
 

@@ -4,10 +4,6 @@
     python eval.py compare --judge JUDGE --responses eval/responses.jsonl --baseline start/responses.jsonl \\
         --output eval/vs_start.jsonl
     python eval.py matrix --judge JUDGE --responses start.jsonl,a.jsonl,b.jsonl --output matrix.json
-    python eval.py intransitivity --input scores.jsonl
-    python eval.py report exps/A [exps/B]
-    python eval.py export --format alpaca_eval|hf|hub --input FILE --output FILE
-    python eval.py harness --model CKPT --tasks gsm8k --output harness.json
 
 `generate` writes a samples file (see sampling.py) with one response a prompt; without --input the prompts are
 AlpacaEval's 805 instructions.
@@ -18,9 +14,6 @@ AlpacaEval's 805 instructions.
     order_gap, label_mass
 and beside it `<output>` with the ending .json, the summary: see `summarise`.
 `matrix` compares all with all, several checkpoints or systems, and writes the game between them: see `play`.
-`intransitivity` measures the cycles in a scores file (intransitivity.py).
-`report` writes a page to read in a browser (report.py), `export` files for other tools (export.py), `harness` runs
-academic benchmarks (harness.py).
 """
 
 import itertools
@@ -32,9 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-import nash
-from export import export_files
-from judges import JudgeConfig, judge_figures, judge_files
+from analysis import nash
+from judges.base import JudgeConfig, judge_figures, judge_files
 from utils import (
     StageError,
     check_at_least,
@@ -48,14 +40,13 @@ from utils import (
     log,
     read_jsonl,
     read_prompts,
-    read_scores,
     run,
     split_list,
     text_id,
     write_text,
 )
 from vllm_model import Sampler, SamplerConfig
-from workers import map_files
+from workers.pool import map_files
 
 RESPONSE_FIELDS = {"prompt_id": str, "prompt": str, "samples": list}
 
@@ -276,7 +267,7 @@ def matrix(
         "measure": measure,
         **play(*win_probs_by_prompt(cells, len(paths)), measure, seed),
     }
-    from plots import draw_matrix
+    from analysis.plots import draw_matrix
 
     write_text(target.with_suffix(".svg"), draw_matrix(result, whole_file=True))
     write_text(target, json.dumps(result, indent=2) + "\n")
@@ -384,149 +375,5 @@ def print_matrix(result):
     )
 
 
-# ---------------------------------------------------------------------------------------------- intransitivity
-
-
-def intransitivity(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
-    """Is the judge intransitive? Cycles among the responses that it compared, and what no reward model explains.
-
-    Written: num_prompts, num_left_out (fewer than three different responses), num_triples; each with its 95 % interval
-    over prompts cyclic_triples, the share of triples in which each response beats the next, cyclic_triples_with_margin,
-    cyclic_part, the share of the squared log-odds that no Bradley-Terry score explains, and order_gap, how much the
-    judge disagrees with itself when the two responses change places.
-
-    Args:
-        input: scores file(s) of scoring.py, comma-separated, with three samples a prompt or more
-        output: result, ending in .json, and its picture beside it (.svg); default: the first input's path, ending in
-            .intransitivity.json
-        margin: with it, each step of a cycle is won with a probability above 1/2 + margin
-        seed: of the bootstrap
-    """
-    from intransitivity import measure
-
-    paths = file_lists(input=input)[0]
-    target = Path(output) if output else Path(paths[0]).with_suffix(".intransitivity.json")
-    if target.suffix != ".json":
-        raise StageError(f"--output should end in .json, got {output}")
-    if not 0 <= margin < 0.5:
-        raise StageError(f"--margin should be at least 0 and less than 0.5, got {margin}")
-    records = itertools.chain.from_iterable(read_scores(path) for path in paths)
-    figures, strengths, odds = measure(records, margin, seed)
-    from plots import draw_intransitivity
-
-    write_text(target.with_suffix(".svg"), draw_intransitivity(figures, strengths, odds))
-    write_text(target, json.dumps({"input": list(map(str, paths))} | figures, indent=2) + "\n")
-    print_intransitivity(figures)
-    log.info("%s and its picture beside it (.svg): written", target)
-
-
-def print_intransitivity(figures):
-    margin = f"{100 * (0.5 + figures['margin']):g} %"
-    print(
-        f"\n{figures['num_prompts']:,} prompts, {figures['num_triples']:,} triples of different responses "
-        f"({figures['num_left_out']:,} prompts have fewer than three)\n"
-    )
-    for name, label, note in (
-        ("cyclic_triples", "cyclic triples, %", "each beats the next; 25 % where a coin decides"),
-        ("cyclic_triples_with_margin", "  with a margin, %", f"each beats the next with more than {margin}"),
-        ("cyclic_part", "cyclic part of the log-odds, %", "what no Bradley-Terry score explains, of the squares"),
-        ("order_gap", "position disagreement, %", "between P(first beats second) in the two orders, the mean"),
-    ):
-        low, high = figures[f"{name}_interval"]
-        print(f"{label:32}{100 * figures[name]:7.2f}   [{100 * low:.2f}, {100 * high:.2f}]   {note}")
-    found = figures["cyclic_triples_with_margin_interval"][0] > 0
-    print(
-        "\nThe judge "
-        + (
-            f"is intransitive: it has cycles in which each step is won with more than {margin}."
-            if found
-            else f"shows no cycle in which each step is won with more than {margin}, or too few to tell."
-        )
-    )
-
-
-# ---------------------------------------------------------------------------------------------- report, other tools
-
-
-def report(experiments: list, output: str = "", num_prompts: int = 40):
-    """A page with all figures and plots of a run, finished or not, and its responses side by side: see report.py.
-
-    Args:
-        experiments: folder(s) of comal.sh, exps/A [exps/B ...]; several are laid over each other
-        output: folder for index.html, responses.html and summary.json; default for one experiment: its report/
-        num_prompts: prompts on the page of responses
-    """
-    from report import write_report
-
-    write_report(list(map(Path, experiments)), Path(output) if output else None, num_prompts)
-
-
-def export(format: str, input: str, output: str, name: str = ""):
-    """Write responses, pairs or a checkpoint in another tool's format.
-
-    Args:
-        format: alpaca_eval (responses -> model outputs), hf (pairs -> a data set folder) or hub (checkpoint -> a folder
-            with a model card, ready for `hf upload`)
-        input: file(s), comma-separated, or the checkpoint
-        output: file (alpaca_eval) or new folder
-        name: of the model or data set; default: from the path
-    """
-    export_files(format, split_list(input), output, name)
-    log.info("%s: written", output)
-
-
-def harness(
-    model: str,
-    tasks: str,
-    output: str,
-    tokenizer: str = "",
-    backend: str = "vllm",
-    include_path: str = "",
-    num_fewshot: int = -1,
-    limit: int = 0,
-    chat_template: bool = True,
-    max_model_len: int = 4096,
-    tensor_parallel_size: int = 1,
-    seed: int = 0,
-):
-    """Academic benchmarks through lm-evaluation-harness (pip install lm_eval).
-
-    Args:
-        model: checkpoint directory or Hub id
-        tasks: the harness's names, comma-separated: gsm8k,mmlu
-        output: its results, .json
-        tokenizer: directory or Hub id; default: the model's
-        backend: vllm, or hf (transformers)
-        include_path: folder with tasks of your own
-        num_fewshot: examples in the prompt; -1: the task's number
-        limit: at most so many questions a task, 0: all
-        chat_template: ask in the model's chat format
-        max_model_len: prompt and new tokens together
-        tensor_parallel_size: GPUs that share the model
-        seed: of the harness
-    """
-    from harness import BACKENDS, run_tasks
-
-    if backend not in BACKENDS:
-        raise StageError(f"--backend should be one of {', '.join(BACKENDS)}, got {backend}")
-    check_output_file("output", output)
-    print(
-        run_tasks(
-            model,
-            split_list(tasks),
-            output,
-            tokenizer,
-            backend,
-            include_path,
-            num_fewshot if num_fewshot >= 0 else None,
-            limit or None,
-            chat_template,
-            max_model_len,
-            tensor_parallel_size,
-            seed,
-        )
-    )
-
-
 if __name__ == "__main__":
-    run(generate, compare, matrix, intransitivity, report, export, harness, alpaca_eval)
+    run(alpaca_eval, generate, compare, matrix)

@@ -26,8 +26,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from data_utils import UnscoredPairDataset, check_vocabulary, load_tokenizer
-from logps import response_logps
-from train_utils import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
+from training.logps import response_logps
+from training.trainer import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
 from utils import (
     StageError,
     check_at_least,
@@ -40,7 +40,7 @@ from utils import (
     resolve_model,
     run,
 )
-from workers import Journal
+from workers.pool import Journal
 
 GATHER_EVERY = 64  # forward passes between two exchanges among processes
 

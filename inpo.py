@@ -11,7 +11,7 @@ never does; both are the same loss on different `ref_*` columns.
 
 from data_utils import PairDataset
 from losses import inpo_loss
-from train_utils import TrainingConfig, train
+from training.trainer import TrainingConfig, train
 from utils import StageError, run
 
 

@@ -11,7 +11,7 @@ IPO is one such step from the reference; iterative IPO takes the last policy as 
 
 from data_utils import PairDataset
 from losses import ipo_loss
-from train_utils import TrainingConfig, train
+from training.trainer import TrainingConfig, train
 from utils import StageError, run
 
 

@@ -10,7 +10,7 @@ log-likelihood per response token over the global batch. With --from_config trai
 
 from data_utils import ChatDataset
 from losses import mle_loss
-from train_utils import TrainingConfig, train
+from training.trainer import TrainingConfig, train
 from utils import run
 
 

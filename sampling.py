@@ -18,7 +18,7 @@ from functools import partial
 
 from utils import SEED_SPACING, StageError, file_lists, read_prompts, run, split_list
 from vllm_model import Sampler, SamplerConfig
-from workers import map_files
+from workers.pool import map_files
 
 
 def per_file(name, value, kind, count):

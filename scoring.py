@@ -18,7 +18,7 @@ Exit code 0 means that every other record is in the output.
 from functools import partial
 
 from eval import comparison_jobs, write_summaries
-from judges import JudgeConfig, judge_figures, judge_files
+from judges.base import JudgeConfig, judge_figures, judge_files
 from utils import file_lists, log, read_jsonl, read_samples, run
 
 

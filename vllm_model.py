@@ -1,6 +1,6 @@
 """The vLLM engine, how chunks of records go through it, and the policy that samples responses.
 
-`Sampler`, and the judges of judges.py, are built inside worker processes (`workers.map_files`), each of which owns its
+`Sampler`, and the judges of judges/, are built inside worker processes (`workers.map_files`), each of which owns its
 GPUs. Imports that cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
@@ -19,7 +19,7 @@ from utils import (
     resolve_model,
     resolve_tokenizer,
 )
-from workers import PoolConfig
+from workers.pool import PoolConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

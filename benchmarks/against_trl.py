@@ -91,8 +91,8 @@ def step_times_of_trl(prompts, shape, precision, count, seed, **options):
 
 
 def our_step_times(prompts, shape, precision, count, seed):
-    from logps import install_head, response_logps
     from losses import ipo_loss
+    from training.logps import install_head, response_logps
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = install_head(make_model(shape).to(device))

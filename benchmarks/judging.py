@@ -20,8 +20,8 @@ import time
 import fire
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
-import judges
-from judges import GenerativeJudge, JudgeConfig
+from judges import base as judges
+from judges.base import GenerativeJudge, JudgeConfig
 
 LABELS = "Output (a)", "Output (b)"
 

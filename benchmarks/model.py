@@ -24,9 +24,9 @@ import fire
 import torch
 from common import PeakMemory, forward_flops, make_model, make_pairs, matrix_rate, record, seconds
 
-import logps
-from logps import install_head, response_logps
-from train_utils import micro_batches
+from training import logps
+from training.logps import install_head, response_logps
+from training.trainer import micro_batches
 
 
 def plain_logps(model, pairs, device):

@@ -14,7 +14,7 @@ import time
 import fire
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
-from judges import JudgeConfig, RewardJudge
+from judges.base import JudgeConfig, RewardJudge
 
 
 def make_reward_model(source, hidden, layers, folder):

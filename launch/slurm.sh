@@ -21,7 +21,7 @@
 set -Eeuo pipefail
 cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
 
-source ./setup.sh || exit 1  # once, before all nodes use it
+source launch/setup.sh || exit 1  # once, before all nodes use it
 export PYTHON
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=${MASTER_ADDR:-$head}

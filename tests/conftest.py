@@ -54,7 +54,7 @@ class LengthJudge(ChunkWork):
 
     @staticmethod
     def compare(texts):
-        from judges import win_matrix
+        from judges.base import win_matrix
 
         return win_matrix(
             texts,
@@ -124,7 +124,7 @@ def model_dirs(tmp_path_factory):
     """{"policy": a ChatML tokenizer, "judge": one in Llama 3's style}, as directories with a model's config."""
     from game import write_models
 
-    from judges import read_template
+    from judges.base import read_template
 
     directory = tmp_path_factory.mktemp("models")
     write_models(directory, read_template(ROOT / "prompts" / "offsetbias.txt"))

@@ -5,5 +5,5 @@
 #   bash tests/faults.sh --kills 6 --iterations 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source ./setup.sh || exit 1
+source launch/setup.sh || exit 1
 exec "$PYTHON" tests/faults.py "$@"

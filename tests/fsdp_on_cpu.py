@@ -37,7 +37,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-import logps  # noqa: E402
+from training import logps  # noqa: E402
 
 seen = {}
 

@@ -6,7 +6,7 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source ./setup.sh || exit 1
+source launch/setup.sh || exit 1
 
 # Two files at a time, but on GPUs, where each engine wants all of the memory.
 parallel=(-n 2 --dist loadfile)

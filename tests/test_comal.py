@@ -74,7 +74,7 @@ class Loop:
             | settings
         )
         # The interpreter's own check belongs to setup.sh, which tests/test_setup.py tests.
-        command = f"PYTHON={self.python}; source() {{ if [[ $1 != ./setup.sh ]]; then builtin source $1; fi; }}; "
+        command = f"PYTHON={self.python}; source() {{ if [[ $1 != launch/setup.sh ]]; then builtin source $1; fi; }}; "
         command += 'export PYTHON; export -f source; exec bash comal.sh "$@"'
         return subprocess.Popen(
             ["bash", "-c", command, "bash", *arguments],

@@ -283,8 +283,8 @@ def test_sampling_does_not_depend_on_workers_or_chunks(models, tmp_path):
 def test_scoring_reads_the_judge_exactly(finished, models):
     """The engine's label probabilities equal those of a plain forward pass, in both orders."""
     from data_utils import encode_prompt, encode_text, load_tokenizer
-    from judges import fill_template, read_template, split_labels
-    from train_utils import load_model
+    from judges.base import fill_template, read_template, split_labels
+    from training.trainer import load_model
 
     exp, _ = finished
     judge = str(models / "judge")

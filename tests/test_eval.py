@@ -14,9 +14,9 @@ from conftest import LengthJudge
 from game import PREFERENCE, START
 
 import eval
-import judges
+from analysis.nash import duality_gap
 from eval import join_responses, play, short_names, summarise
-from nash import duality_gap
+from judges import base as judges
 from utils import StageError, read_jsonl
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from eval import export
+from analysis.export import main as export
 from utils import StageError
 
 PAIR = {

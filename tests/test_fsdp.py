@@ -93,7 +93,7 @@ def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, caps
 # inpo.py, ended in both processes before the fourth update.
 STOPPED = """
 import runpy
-import train_utils
+from training import trainer as train_utils
 from utils import StageError
 
 class Trainer(train_utils.Trainer):
@@ -261,8 +261,8 @@ def test_fsdp_bfloat16_reduces_and_returns_float32(fsdp, setting, capsys):
     distance = abs(column(fsdp.bf16.output, "normalised_loss")[0] - 1)
     with capsys.disabled():
         print(
-            f" [FSDP 2 in bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats, normalised loss from "
-            f"1 by {distance:.1e}] ",
+            f" [FSDP 2 in bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats, normalised loss "
+            f"from 1 by {distance:.1e}] ",
             end="",
         )
     assert 1e-3 < rounding < 0.5  # measured: 0.15

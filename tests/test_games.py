@@ -14,9 +14,9 @@ import pytest
 import torch
 from scipy.optimize import root
 
+from analysis.nash import duality_gap, nash_mixture
 from data_processing import PAIR_RULES, mean_win_probs
 from losses import dpo_loss, inpo_loss, ipo_loss
-from nash import duality_gap, nash_mixture
 
 ETA, R, MOVES = 1 / 3, 1 / 3, 6  # the reference moves every 6 inner iterations
 

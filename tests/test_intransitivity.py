@@ -9,8 +9,8 @@ import json
 import numpy as np
 import pytest
 
-from eval import intransitivity
-from intransitivity import cycle_strengths, distinct, log_odds, measure
+from analysis.intransitivity import cycle_strengths, distinct, log_odds, measure
+from analysis.intransitivity import main as intransitivity
 from utils import StageError
 
 ROCK_PAPER_SCISSORS = np.array([[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]])

@@ -1,4 +1,4 @@
-"""Reward models, a real server, and panels: the judges of judges.py beside the generative one, on real parts.
+"""Reward models, a real server, and panels: the judges of judges/ beside the generative one, on real parts.
 
 python -m pytest tests/test_judge_types.py
 """
@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
-from judges import JudgeConfig, ServerJudge, duration, parse_answer, read_answer
+from judges.base import JudgeConfig, ServerJudge, duration, parse_answer, read_answer
 from utils import StageError, read_jsonl
 
 LABELS = ["Output (a)", "Output (b)"]

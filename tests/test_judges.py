@@ -1,6 +1,6 @@
-"""judges.py without an engine: templates, labels, settings, and what the judges make of their answers.
+"""judges/ without an engine: templates, labels, settings, and what the judges make of their answers.
 
-python -m pytest tests/test_judges.py
+python -m pytest tests/test_judges/
 """
 
 import math
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from data_utils import encode_prompt
-from judges import GenerativeJudge, JudgeConfig, fill_template, read_template, split_labels, win_matrix
+from judges.base import GenerativeJudge, JudgeConfig, fill_template, read_template, split_labels, win_matrix
 from utils import StageError
 from vllm_model import EngineWork
 

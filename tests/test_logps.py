@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import logps
-from logps import MODEL_TYPES, ResponseHead, TokenLogps, install_head, lay_out, plain_logps, response_logps
+from training import logps
+from training.logps import MODEL_TYPES, ResponseHead, TokenLogps, install_head, lay_out, plain_logps, response_logps
 
 SHAPE = dict(
     vocab_size=97,

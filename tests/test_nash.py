@@ -6,7 +6,7 @@ python -m pytest tests/test_nash.py
 import numpy as np
 import pytest
 
-from nash import duality_gap, nash_mixture, worst_case
+from analysis.nash import duality_gap, nash_mixture, worst_case
 
 PAPER = [[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]]  # the paper's cycle; by hand: (4, 3, 4)/11
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, ChunkWork
 
-import ray_workers
-from workers import PoolConfig
+from workers import ray_executor as ray_workers
+from workers.pool import PoolConfig
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is optional: pip install ray")
 

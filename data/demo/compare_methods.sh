@@ -17,7 +17,7 @@ folder=exps/compare
 
 die() { echo "compare_methods.sh: $1" >&2; exit 1; }
 
-source ./setup.sh || exit 1
+source launch/setup.sh || exit 1
 mkdir -p "$folder"
 cores=$(nproc)
 threads=$((cores > JOBS ? cores / JOBS : 1))

@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from judges import fill_template, read_template
-from nash import duality_gap
+from analysis.nash import duality_gap
+from judges.base import fill_template, read_template
 from utils import StageError, jsonl_writer, run, write_text
 
 NAMES = ("mountains", "sea", "city")
@@ -208,8 +208,8 @@ def answer_probabilities(checkpoint, prompts):
     import torch
 
     from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer
-    from logps import response_logps
-    from train_utils import load_model
+    from training.logps import response_logps
+    from training.trainer import load_model
 
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).eval()
     answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
@@ -282,7 +282,8 @@ def table(experiment: str, start: str = "exps/demo-models/policy"):
     print(f"{'Nash':10} " + " ".join(f"{p:9.3f}" for p in (4 / 11, 3 / 11, 4 / 11)) + f" {0:8.3f} {0:9.3f}")
     print(
         "\nIteration i is the policy that iteration i trained; other: its probability of anything but the three "
-        "answers.\ngap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at Nash."
+        "answers.\ngap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at "
+        "Nash."
     )
 
 
@@ -363,7 +364,7 @@ def draw(runs, methods):
     import numpy as np
     from matplotlib.figure import Figure
 
-    from plots import COLOURS, plot_style, svg_file
+    from analysis.plots import COLOURS, plot_style, svg_file
 
     corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])  # all mountains, all sea, all city
     nash = np.array([4, 3, 4]) / 11 @ corners

@@ -1,6 +1,6 @@
 """Report of one or several experiments: a page to read while they run and to choose a checkpoint by.
 
-    python eval.py report exps/A [exps/B ...] [--output DIR]
+    python -m analysis.report exps/A [exps/B ...] [--output DIR]
 
 Input: folders of comal.sh, finished, still going or stopped anywhere. What is missing is left out and named; no model
 is loaded. Output, in DIR (of one experiment: exps/NAME/report):
@@ -47,7 +47,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plots import (
+from analysis.plots import (
     COLOURS,
     OTHER_STAGE,
     SECTIONS,
@@ -60,7 +60,7 @@ from plots import (
     series,
     stage_names,
 )
-from utils import StageError, check_at_least, dump_json, fingerprint, log, read_jsonl, write_text
+from utils import StageError, check_at_least, dump_json, fingerprint, log, read_jsonl, run, write_text
 
 STEP_POINTS = 40  # an iteration in a training plot: a curve, not every step of it
 
@@ -960,3 +960,18 @@ def write_report(experiments, output=None, num_prompts=40):
     files.save()
     log.info("report on %s: %s", ", ".join(experiment["name"] for experiment in found), output / "index.html")
     return output / "index.html"
+
+
+def main(experiments: list, output: str = "", num_prompts: int = 40):
+    """A page with all figures and plots of a run, finished or not, and its responses side by side.
+
+    Args:
+        experiments: folder(s) of comal.sh, exps/A [exps/B ...]; several are laid over each other
+        output: folder for index.html, responses.html and summary.json; default for one experiment: its report/
+        num_prompts: prompts on the page of responses
+    """
+    write_report(list(map(Path, experiments)), Path(output) if output else None, num_prompts)
+
+
+if __name__ == "__main__":
+    run(main)

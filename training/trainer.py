@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data_utils import load_tokenizer
-from logps import install_head, response_logps
+from training.logps import install_head, response_logps
 from utils import (
     StageError,
     check_at_least,

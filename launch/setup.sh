@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv when it is missing or out of date, and tells which Python to run.
 #
-#   bash setup.sh                   prints that Python's path on stdout, everything else on stderr
-#   source setup.sh || exit 1       the same, and exports it as PYTHON (comal.sh and tests/run.sh)
+#   bash launch/setup.sh                   prints that Python's path on stdout, everything else on stderr
+#   source launch/setup.sh || exit 1       the same, and exports it as PYTHON (comal.sh and tests/run.sh)
 #
 # With an NVIDIA GPU it installs requirements.txt, without one requirements-cpu.txt. When nothing has
 # changed it only looks, in a fraction of a second. From the environment:
@@ -39,7 +39,7 @@ locate() {
 }
 
 unset CDPATH
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Both may be relative to where the caller stands, so they are resolved before leaving from there. A .venv
 # that is active is taken off the path: it cannot be made again with its own python3.

@@ -1,4 +1,4 @@
-"""What leaves the pipeline for other tools: `eval.py export --format alpaca_eval | hf | hub`.
+"""What leaves the pipeline for other tools: `python -m analysis.export --format alpaca_eval | hf | hub`.
 
 alpaca_eval  responses file(s) -> one JSON file of model outputs, `[{instruction, output, generator}]`
 hf           pairs file(s) -> a folder that `datasets.load_dataset` reads and TRL trains on, one split a file
@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from utils import StageError, check_input, check_weights, read_jsonl, resolve_model, write_text
+from utils import StageError, check_input, check_weights, log, read_jsonl, resolve_model, run, split_list, write_text
 
 
 def export_files(format, inputs, output, name):
@@ -63,8 +63,9 @@ def hf(inputs, output, name):
         (folder / "README.md").write_text(
             "---\ntags: [preference, trl, comal]\nconfigs:\n- config_name: default\n  data_files:\n"
             + "".join(f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in splits)
-            + f"---\n\n# {name or 'Preference pairs'}\n\nPairs in TRL's conversational preference format. `win_prob` is "
-            "the judge's probability that `chosen` beats `rejected`; the `*_token_ids` are those that were sampled.\n",
+            + f"---\n\n# {name or 'Preference pairs'}\n\nPairs in TRL's conversational preference format. `win_prob` "
+            "is the judge's probability that "
+            "`chosen` beats `rejected`; the `*_token_ids` are those that were sampled.\n",
             encoding="utf-8",
         )
 
@@ -139,3 +140,21 @@ def _folder(path):
 
 
 FORMATS = {"alpaca_eval": alpaca_eval, "hf": hf, "hub": hub}
+
+
+def main(format: str, input: str, output: str, name: str = ""):
+    """Write responses, pairs or a checkpoint in another tool's format.
+
+    Args:
+        format: alpaca_eval (responses -> model outputs), hf (pairs -> a data set folder) or hub (checkpoint -> a folder
+            with a model card, ready for `hf upload`)
+        input: file(s), comma-separated, or the checkpoint
+        output: file (alpaca_eval) or new folder
+        name: of the model or data set; default: from the path
+    """
+    export_files(format, split_list(input), output, name)
+    log.info("%s: written", output)
+
+
+if __name__ == "__main__":
+    run(main)

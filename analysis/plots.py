@@ -463,7 +463,7 @@ def draw_matrix(result, whole_file=False):
 
 
 def draw_intransitivity(figures, strengths, odds):
-    """The SVG file of `eval.py intransitivity`: how strong the cycles of three are, and log-odds against
+    """The SVG file of `python -m analysis.intransitivity`: how strong the cycles of three are, and log-odds against
     Bradley-Terry's.
 
     Args:

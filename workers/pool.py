@@ -34,7 +34,7 @@ class PoolConfig:
     """The worker processes of a stage.
 
     Args:
-        engine: local, worker processes of this machine; ray, actors on a Ray cluster (ray_workers.py)
+        engine: local, worker processes of this machine; ray, actors on a Ray cluster (workers/ray_executor.py)
         gpus: auto, none, or physical GPU numbers (0,2,3)
         gpus_per_worker: GPUs that share one copy of the model (tensor parallel)
         cpu_workers: engines without GPUs
@@ -412,7 +412,7 @@ def map_files(jobs, make_work, pool, description):
 
     chunks = partial(_chunks, tasks, total - finished, pool.chunk_size)
     if pool.engine == "ray":
-        import ray_workers
+        from workers import ray_executor as ray_workers
 
         count = ray_workers.connect(pool)
         found = ray_workers.map_chunks(make_work, chunks(count), count, pool, give_up)

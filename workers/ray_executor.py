@@ -13,7 +13,7 @@ import threading
 import time
 
 from utils import StageError, log
-from workers import IN_FLIGHT, Chunk, retry
+from workers.pool import IN_FLIGHT, Chunk, retry
 
 MAX_RESTARTS = 100  # of an actor; a record that ends its actor is found by halving its chunk, over some ten of them
 

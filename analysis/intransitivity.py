@@ -1,5 +1,7 @@
 """How intransitive is a judge? Cycles among the responses that it has compared, and what no reward model explains.
 
+    python -m analysis.intransitivity --input train.scores.jsonl
+
 Three responses form a cycle where each beats the next with a probability above one half. A Bradley-Terry judge,
 `P(i beats j) = sigmoid(s_i - s_j)`, has none. Its log-odds are differences of scores; how far others are from that is
 measured by least squares: `logit P = (s_i - s_j) + rest`, where on complete comparisons the best scores are the row
@@ -8,10 +10,12 @@ Yao, Ye 2011). |rest|^2 / |logit P|^2 is the cyclic part: 0 for Bradley-Terry, 1
 """
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 
-from utils import StageError, derive_seed
+from utils import StageError, derive_seed, file_lists, log, read_scores, run, write_text
 
 CLIP = 1e-6  # probabilities nearer to 0 or 1 are moved to here before their log-odds are taken
 
@@ -62,7 +66,7 @@ def measure(records, margin, seed=0, num_bootstrap=1_000):
         margin: with it, each step of a cycle is won with more than 1/2 + margin
 
     Returns:
-        The figures of `eval.py intransitivity`, and what its picture shows: the cycle strength of every triple, and a
+        The figures that `main` writes, and what its picture shows: the cycle strength of every triple, and a
         pair of log-odds (the judge's, Bradley-Terry's) for every two responses.
     """
     rows, strengths, odds = [], [], []
@@ -118,3 +122,63 @@ def measure(records, margin, seed=0, num_bootstrap=1_000):
     ):
         figures |= {name: value, f"{name}_interval": bounds}
     return figures, np.concatenate(strengths), np.concatenate(odds)
+
+
+def main(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
+    """Is the judge intransitive? Cycles among the responses that it compared, and what no reward model explains.
+
+    Written: num_prompts, num_left_out (fewer than three different responses), num_triples; each with its 95 % interval
+    over prompts cyclic_triples, the share of triples in which each response beats the next, cyclic_triples_with_margin,
+    cyclic_part, the share of the squared log-odds that no Bradley-Terry score explains, and order_gap, how much the
+    judge disagrees with itself when the two responses change places.
+
+    Args:
+        input: scores file(s) of scoring.py, comma-separated, with three samples a prompt or more
+        output: result, ending in .json, and its picture beside it (.svg); default: the first input's path, ending in
+            .intransitivity.json
+        margin: with it, each step of a cycle is won with a probability above 1/2 + margin
+        seed: of the bootstrap
+    """
+    paths = file_lists(input=input)[0]
+    target = Path(output) if output else Path(paths[0]).with_suffix(".intransitivity.json")
+    if target.suffix != ".json":
+        raise StageError(f"--output should end in .json, got {output}")
+    if not 0 <= margin < 0.5:
+        raise StageError(f"--margin should be at least 0 and less than 0.5, got {margin}")
+    records = itertools.chain.from_iterable(read_scores(path) for path in paths)
+    figures, strengths, odds = measure(records, margin, seed)
+    from analysis.plots import draw_intransitivity
+
+    write_text(target.with_suffix(".svg"), draw_intransitivity(figures, strengths, odds))
+    write_text(target, json.dumps({"input": list(map(str, paths))} | figures, indent=2) + "\n")
+    print_figures(figures)
+    log.info("%s and its picture beside it (.svg): written", target)
+
+
+def print_figures(figures):
+    margin = f"{100 * (0.5 + figures['margin']):g} %"
+    print(
+        f"\n{figures['num_prompts']:,} prompts, {figures['num_triples']:,} triples of different responses "
+        f"({figures['num_left_out']:,} prompts have fewer than three)\n"
+    )
+    for name, label, note in (
+        ("cyclic_triples", "cyclic triples, %", "each beats the next; 25 % where a coin decides"),
+        ("cyclic_triples_with_margin", "  with a margin, %", f"each beats the next with more than {margin}"),
+        ("cyclic_part", "cyclic part of the log-odds, %", "what no Bradley-Terry score explains, of the squares"),
+        ("order_gap", "position disagreement, %", "between P(first beats second) in the two orders, the mean"),
+    ):
+        low, high = figures[f"{name}_interval"]
+        print(f"{label:32}{100 * figures[name]:7.2f}   [{100 * low:.2f}, {100 * high:.2f}]   {note}")
+    found = figures["cyclic_triples_with_margin_interval"][0] > 0
+    print(
+        "\nThe judge "
+        + (
+            f"is intransitive: it has cycles in which each step is won with more than {margin}."
+            if found
+            else f"shows no cycle in which each step is won with more than {margin}, or too few to tell."
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from utils import StageError, dump_json, jsonl_writer, log, read_jsonl, split_list, text_id
 from vllm_model import Engine, EngineConfig, EngineWork, whole_model_fingerprint
-from workers import digest_of, list_skipped, listing_of, map_files
+from workers.pool import digest_of, list_skipped, listing_of, map_files
 
 MIN_LABEL_MASS = 0.05  # mean probability of both labels together; below it a model is no judge
 

@@ -27,7 +27,7 @@ def response_logps(model, rows, device=None):
     """Summed log-probability of each response, float32: the one forward path of training and of stored values.
 
     Args:
-        model: of `train_utils.load_model`, perhaps wrapped by accelerate.
+        model: of `trainer.load_model`, perhaps wrapped by accelerate.
         rows: [(prompt ids, [response ids, ...])], the same number R of responses in each row.
         device: of the input; default: the model's.
 
@@ -62,7 +62,7 @@ def lay_out(rows, device="cpu"):
         labels        [7, 8, 9, 2, 3]       the tokens
         owner         [0, 0, 2, 1, 3]       whose they are: the first responses of both rows, then the second ones
         attention_mask (B, 1, T, T)         True where a query (third index) may look at a key: in its own response and
-                                            the prompt, not ahead; absent where each row has one response (causal is enough)
+                                            the prompt, not ahead; absent where each row has one response (causal)
     """
     length = max(len(prompt) + sum(map(len, responses)) for prompt, responses in rows)
     tokens, positions, segments, predictors, labels, owner = [], [], [], [], [], []
