@@ -33,6 +33,7 @@ from utils import (
     check_output_file,
     derive_seed,
     file_lists,
+    fingerprint,
     first_line,
     jsonl_writer,
     log,
@@ -40,7 +41,6 @@ from utils import (
     read_scores,
     run,
     split_list,
-    text_id,
 )
 
 # ---------------------------------------------------------------------------------------------- pairs
@@ -224,7 +224,7 @@ def make_prompts(
         if prompts:
             with jsonl_writer(Path(output_dir) / f"{name}.jsonl") as write:
                 for prompt in prompts:
-                    write({"prompt_id": text_id(prompt), "prompt": prompt})
+                    write({"prompt_id": fingerprint(prompt), "prompt": prompt})
     log.info(
         "%s: %d rows, %d different prompts; %s",
         output_dir,

@@ -8,8 +8,8 @@
 DPO is one such step from the reference; iterative DPO takes the last policy as reference in every iteration.
 """
 
-from data_utils import PairDataset
 from losses import dpo_loss
+from training.datasets import PairDataset
 from training.trainer import TrainingConfig, train
 from utils import StageError, run
 

@@ -32,7 +32,6 @@ from utils import (
     check_at_least,
     check_output_file,
     derive_seed,
-    dump_json,
     file_lists,
     fingerprint,
     first_line,
@@ -42,7 +41,6 @@ from utils import (
     read_prompts,
     run,
     split_list,
-    text_id,
     write_text,
 )
 from vllm_model import Sampler, SamplerConfig
@@ -254,7 +252,7 @@ def matrix(
     prints = [fingerprint(path) for path in paths]
     cells = {}  # (i, j), i before j: the file of i's responses against j's
     for i, j in itertools.combinations(range(len(paths)), 2):
-        name = text_id(dump_json([prints[i], prints[j], made_with]))
+        name = fingerprint([prints[i], prints[j], made_with])
         cells[i, j] = target.parent / "cells" / f"{name}.jsonl"
     missing = {path: pair for pair, path in cells.items() if not path.with_suffix(".json").exists()}
     log.info("%d comparisons, %d of them judged before", len(cells), len(cells) - len(missing))

@@ -20,26 +20,17 @@ output.
 import itertools
 import json
 import math
+from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from data_utils import UnscoredPairDataset, check_vocabulary, load_tokenizer
+from data_utils import check_vocabulary, check_weights, load_tokenizer, model_fingerprint, resolve_model
+from training.datasets import UnscoredPairDataset
 from training.logps import response_logps
 from training.trainer import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
-from utils import (
-    StageError,
-    check_at_least,
-    check_weights,
-    file_lists,
-    fingerprint,
-    jsonl_writer,
-    log,
-    model_fingerprint,
-    resolve_model,
-    run,
-)
+from utils import StageError, check_at_least, file_lists, fingerprint, jsonl_writer, log, run
 from workers.pool import Journal
 
 GATHER_EVERY = 64  # forward passes between two exchanges among processes
@@ -151,7 +142,7 @@ def main(
         made_with = {"model": model_fingerprint(name), "tokenizer": tokenizer, "precision": accelerator.mixed_precision}
         journals.append(
             [
-                Journal(f"{target}.{label}", made_with | {"contents of --input": fingerprint(source)})
+                Journal(f"{target}.{label}", made_with | {"contents of --input": fingerprint(Path(source))})
                 for source, target in zip(inputs, outputs)
             ]
             if accelerator.is_main_process

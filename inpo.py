@@ -9,8 +9,8 @@
 never does; both are the same loss on different `ref_*` columns.
 """
 
-from data_utils import PairDataset
 from losses import inpo_loss
+from training.datasets import PairDataset
 from training.trainer import TrainingConfig, train
 from utils import StageError, run
 

@@ -9,8 +9,8 @@ IPO is one such step from the reference; iterative IPO takes the last policy as 
 (TRL's IPO divides the log-probabilities by the response length; this one, like the paper's, does not.)
 """
 
-from data_utils import PairDataset
 from losses import ipo_loss
+from training.datasets import PairDataset
 from training.trainer import TrainingConfig, train
 from utils import StageError, run
 

@@ -8,8 +8,8 @@ optional `weight` (default 1). Only the answer and its end token are learnt. The
 log-likelihood per response token over the global batch. With --from_config training starts from random weights.
 """
 
-from data_utils import ChatDataset
 from losses import mle_loss
+from training.datasets import ChatDataset
 from training.trainer import TrainingConfig, train
 from utils import run
 

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import fire
@@ -360,7 +361,7 @@ def read_prompts(path):
         given = record.get("prompt_id")
         if type(given) not in (str, int, type(None)):
             raise StageError(f"{where}: prompt_id should be text or a number, got {type(given).__name__}")
-        record["prompt_id"] = text_id(record["prompt"]) if given in (None, "") else str(given)
+        record["prompt_id"] = fingerprint(record["prompt"]) if given in (None, "") else str(given)
         if record["prompt_id"] in seen:
             origin = " (made from the text)" if given in (None, "") else ""
             raise StageError(f"{where}: prompt_id {record['prompt_id']!r}{origin} occurs a second time")
@@ -453,11 +454,6 @@ def first_line(error):
     return (str(error).splitlines() or [repr(error)])[0]
 
 
-def text_id(text):
-    """A stable 16-digit id of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def dump_json(record):
     """One record as a line of JSON; refuses NaN and infinity, which are not JSON."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -504,112 +500,18 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-# ---------------------------------------------------------------------------------------------- models on disk
+# ---------------------------------------------------------------------------------------------- fingerprints
 
 
-def resolve_model(name):
-    """The local directory of a model: a path, a path with a `model` subfolder (our checkpoints, the released
-    ones), or a Hub id of either form, which is downloaded. Raises StageError when there is none."""
-    path = Path(name)
-    if not path.exists():
-        path = _download(name)
-    for candidate in (path, path / "model"):
-        config = candidate / "config.json"
-        if config.is_file():
-            with contextlib.suppress(ValueError):
-                if isinstance(json.loads(config.read_bytes()), dict):
-                    return str(candidate)
-            raise StageError(f"{config} is damaged: it is not a JSON object; copy or download it again")
-    raise StageError(f"model {name}: no config.json in {path} nor in its 'model' subfolder")
-
-
-def _download(name, only=None):
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise StageError(f"model {name}: no such directory (and not a Hub id of the form owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
-    except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no model
-        raise StageError(
-            f"model {name}: no such directory, and the Hub did not provide it: {first_line(error)}"
-        ) from None
-
-
-def has_tokenizer(directory):
-    return any(Path(directory, name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-
-
-def resolve_tokenizer(model, tokenizer=""):
-    """The local directory of a tokenizer: a path, its `model` subfolder, or a Hub id, which is downloaded."""
-    if not tokenizer:
-        return resolve_model(model)
-    if Path(tokenizer).exists():
-        return next(
-            (str(path) for path in (Path(tokenizer), Path(tokenizer) / "model") if has_tokenizer(path)), tokenizer
-        )
-    return str(_download(tokenizer, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
-
-
-def check_weights(directory):
-    """Raise StageError unless a model directory holds all its weights, as far as that shows without loading them.
-
-    Of every safetensors file the length that its header announces is compared with the file's; shards that an index
-    names must be there.
-    """
-    directory = Path(directory)
-    files = weight_files(directory)
-    if not files:
-        raise StageError(f"{directory} has a config.json but no weights (*.safetensors, *.bin)")
-    for index in directory.glob("*.index.json"):
-        try:
-            names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise StageError(f"{index} is damaged: it cannot be read; copy or download it again") from None
-        missing = sorted(name for name in names if not (directory / name).is_file())
-        if missing:
-            raise StageError(
-                f"{directory} lacks {', '.join(missing)}, which {index.name} names; copy or download it again"
-            )
-    for path in files:
-        if path.suffix != ".safetensors":
-            continue
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header, size = file.read(min(length, 1 << 28)), path.stat().st_size
-        try:
-            tensors = json.loads(header)
-            end = max(tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise StageError(f"{path} is damaged: its header cannot be read; copy or download it again") from None
-        if 8 + length + end != size:
-            raise StageError(
-                f"{path} is damaged: it has {size:,} bytes, its header says {8 + length + end:,}; "
-                "copy or download it again"
-            )
-
-
-def fingerprint(path):
-    """16 digits that tell a file's contents from others."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def weight_files(directory):
-    return sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")])
-
-
-def model_fingerprint(directory):
-    """16 digits that tell a model from another one: a hash of its config.json and of 64 blocks spread over each of its
-    weight files. Fine-tuning changes nearly every weight, so that is enough, and takes milliseconds."""
-    digest = hashlib.sha256((Path(directory) / "config.json").read_bytes())
-    for path in weight_files(directory):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for block in range(64):
-                file.seek(block * max(0, size - 4096) // 63)  # the last block is the end
-                digest.update(file.read(4096))
+def fingerprint(value):
+    """16 hexadecimal digits that tell contents from others: of a text, of a file (a Path), of the records of an
+    iterator, of anything else as JSON."""
+    if isinstance(value, Path):
+        with open(value, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in value if isinstance(value, Iterator) else [value]:
+        digest.update((part if isinstance(part, str) else dump_json(part)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -10,15 +10,8 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
-from utils import (
-    StageError,
-    check_at_least,
-    check_weights,
-    derive_seed,
-    model_fingerprint,
-    resolve_model,
-    resolve_tokenizer,
-)
+from data_utils import check_weights, model_fingerprint, resolve_model, resolve_tokenizer
+from utils import StageError, check_at_least, derive_seed
 from workers.pool import PoolConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -56,7 +49,7 @@ class EngineConfig(PoolConfig):
 
 
 def whole_model_fingerprint(name):
-    """`utils.model_fingerprint` of a directory or Hub id; raises StageError unless all of its weights are there."""
+    """`data_utils.model_fingerprint` of a directory or Hub id; raises StageError unless all of its weights are there."""
     directory = resolve_model(name)
     check_weights(directory)
     return model_fingerprint(directory)

@@ -10,7 +10,8 @@ import json
 import shutil
 from pathlib import Path
 
-from utils import StageError, check_input, check_weights, log, read_jsonl, resolve_model, run, split_list, write_text
+from data_utils import check_weights, resolve_model
+from utils import StageError, check_input, log, read_jsonl, run, split_list, write_text
 
 
 def export_files(format, inputs, output, name):

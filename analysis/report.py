@@ -90,7 +90,7 @@ class Files:
 
     def __init__(self, cache_path):
         self.cache_path = cache_path
-        self.code = fingerprint(__file__)  # another version may measure something else
+        self.code = fingerprint(Path(__file__))  # another version may measure something else
         cache = read_json(cache_path)
         self.known = cache.get("figures", {}) if cache.get("code") == self.code else {}
         self.used = {}

@@ -51,7 +51,7 @@ def random_model(source, hidden, layers, folder):
     returned."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from utils import resolve_model
+    from data_utils import resolve_model
 
     source = resolve_model(source)
     config = AutoConfig.from_pretrained(source)

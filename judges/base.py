@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from utils import StageError, dump_json, jsonl_writer, log, read_jsonl, split_list, text_id
+from utils import StageError, fingerprint, jsonl_writer, log, read_jsonl, split_list
 from vllm_model import Engine, EngineConfig, EngineWork, whole_model_fingerprint
 from workers.pool import digest_of, list_skipped, listing_of, map_files
 
@@ -133,7 +133,7 @@ class JudgeConfig(EngineConfig):
         settings, judge_type = super().made_with(), JUDGE_TYPES[self.judge_type]
         kept = {name: value for name, value in settings.items() if name in judge_type.settings}
         if "template" in kept:
-            kept["template"] = text_id(read_template(self.template))
+            kept["template"] = fingerprint(read_template(self.template))
         local = judge_type is not ServerJudge
         return kept | {
             "judge_type": self.judge_type,
@@ -161,7 +161,7 @@ def judge_files(jobs, config, description):
     digests = [digest_of(records()) for records, _ in jobs]
     made_with = [member.made_with() for member in members]
     parts = [
-        [Path(f"{path}.{text_id(dump_json([digest, own]))}.partial") for own in made_with]
+        [Path(f"{path}.{fingerprint([digest, own])}.partial") for own in made_with]
         for (_, path), digest in zip(jobs, digests)
     ]
     for number, member in enumerate(members):
@@ -326,8 +326,7 @@ class RewardJudge(EngineWork):
     def __init__(self, config):
         from transformers import AutoConfig
 
-        from data_utils import load_tokenizer
-        from utils import resolve_model
+        from data_utils import load_tokenizer, resolve_model
 
         super().__init__()
         self.temperature, self.max_prompt_tokens = temperature(config), config.max_prompt_tokens

@@ -23,7 +23,7 @@ import torch
 from test_comal import loop  # noqa: F401
 from training_fixtures import ROOT, read, save_model, setting_fixture  # noqa: F401
 
-from utils import text_id
+from utils import fingerprint
 
 # Imported once, by the process from which those of the cases are forked.
 PRELOAD = [
@@ -381,7 +381,7 @@ ROWS = [
     row(
         "generate",
         "duplicate-text",
-        f"{IN}, record 2: prompt_id '{text_id('where?')}' (made from the text) occurs a second time",
+        f"{IN}, record 2: prompt_id '{fingerprint('where?')}' (made from the text) occurs a second time",
         {"prompt": "where?"},
         {"prompt": "where?"},
     ),
@@ -573,7 +573,7 @@ ROWS = [
         "get_logprobs",
         "duplicate-text",
         f"{IN}, record 2: prompt_id "
-        f"'{text_id(json.dumps(list(TEXTS.values())))}' (made from the text) occurs a second time",
+        f"'{fingerprint(json.dumps(list(TEXTS.values())))}' (made from the text) occurs a second time",
         TEXTS,
         TEXTS,
     ),

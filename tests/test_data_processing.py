@@ -19,8 +19,9 @@ from data_processing import (
     make_sft,
     mean_win_probs,
 )
-from data_utils import ChatDataset, encode_prompt, encode_text
-from utils import StageError, read_jsonl, text_id
+from data_utils import encode_prompt, encode_text
+from training.datasets import ChatDataset
+from utils import StageError, fingerprint, read_jsonl
 
 # Row i, column j: P(i beats j). Scores (0.9 + 0.6)/2 = 0.75, (0.1 + 0.7)/2 = 0.4, (0.4 + 0.3)/2 = 0.35.
 THREE = [[None, 0.9, 0.6], [0.1, None, 0.7], [0.4, 0.3, None]]
@@ -236,7 +237,7 @@ def test_make_prompts_splits_are_disjoint_and_complete(split, tmp_path):
     assert len(set(found["test"] + found["train"])) == NUM_PROMPTS
     assert sorted(found["train_0"] + found["train_1"] + found["train_2"]) == sorted(found["train"])
     record = next(read_jsonl(tmp_path / "a" / "test.jsonl"))
-    assert record == {"prompt_id": text_id(record["prompt"]), "prompt": record["prompt"]}
+    assert record == {"prompt_id": fingerprint(record["prompt"]), "prompt": record["prompt"]}
 
 
 def test_make_prompts_uneven_splits_are_complete(split):
@@ -436,7 +437,7 @@ def test_as_pair_leaves_out(row, reason):
 
 
 def test_import_pairs_writes_what_get_logprobs_reads(jsonl, tmp_path, tokenizers):
-    from data_utils import UnscoredPairDataset
+    from training.datasets import UnscoredPairDataset
 
     source = jsonl(
         "rows.jsonl",

@@ -8,18 +8,9 @@ import json
 import pytest
 import torch
 
-from data_utils import (
-    ChatDataset,
-    JsonlDataset,
-    PairDataset,
-    UnscoredPairDataset,
-    encode_chat,
-    encode_prompt,
-    encode_text,
-    end_token_id,
-    load_tokenizer,
-)
-from utils import StageError, resolve_model
+from data_utils import encode_chat, encode_prompt, encode_text, end_token_id, load_tokenizer, resolve_model
+from training.datasets import ChatDataset, JsonlDataset, PairDataset, UnscoredPairDataset
+from utils import StageError
 
 # What a template adds around one user message, and how often: (spelling, count).
 TEMPLATE_TOKENS = {

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from test_bad_input import CHAT, DATA, END, PAIR, SAMPLES, SCORES, TEXTS, VOCABULARY, ids, message, sample
 
 import data_processing
-from data_utils import ChatDataset, PairDataset, UnscoredPairDataset
 from eval import join_responses
+from training.datasets import ChatDataset, PairDataset, UnscoredPairDataset
 from utils import StageError, check_input, read_prompts, read_samples, read_scores
 
 MAX_LENGTH = 64

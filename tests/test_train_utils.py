@@ -41,9 +41,10 @@ import get_logprobs
 import inpo
 import ipo
 import mle
-from data_utils import TOKEN_FIELDS, encode_chat, encode_text, end_token_id
+from data_utils import encode_chat, encode_text, end_token_id, model_fingerprint
+from training.datasets import TOKEN_FIELDS
 from training.trainer import Trainer, local_batches, micro_batches
-from utils import StageError, model_fingerprint
+from utils import StageError
 
 # The margin's target is 25 nats, which the few small steps of a test do not reach: near it the loss would be a small
 # difference of large numbers.

@@ -18,12 +18,12 @@ from utils import (
     derive_seed,
     dump_json,
     file_lists,
+    fingerprint,
     jsonl_writer,
     read_jsonl,
     read_prompts,
     read_scores,
     split_list,
-    text_id,
     write_text,
 )
 
@@ -476,8 +476,8 @@ def test_read_prompts_names_the_line_of_half_a_character(tmp_path):
 
 
 def test_text_id_differs_by_text_and_not_by_run():
-    assert text_id("x") == "2d711642b726b044"
-    assert len({text_id(text) for text in ("x", "x ", "X", "é", "e\u0301", "")}) == 6
+    assert fingerprint("x") == "2d711642b726b044"
+    assert len({fingerprint(text) for text in ("x", "x ", "X", "é", "e\u0301", "")}) == 6
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])

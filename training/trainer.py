@@ -19,21 +19,18 @@ from pathlib import Path
 
 import torch
 
-from data_utils import load_tokenizer
+from data_utils import check_weights, load_tokenizer, model_fingerprint, resolve_model
 from training.logps import install_head, response_logps
 from utils import (
     StageError,
     check_at_least,
     check_input,
     check_made_with,
-    check_weights,
     die_with_parent,
     dump_json,
     fingerprint,
     first_line,
     log,
-    model_fingerprint,
-    resolve_model,
     split_list,
     sync,
     write_text,
@@ -381,7 +378,7 @@ class Trainer:
         made_with["launched"] = self.accelerator.distributed_type.value
         for name, path in (("input", config.input), ("validation", config.validation)):
             if path:
-                made_with[f"contents of --{name}"] = fingerprint(path)
+                made_with[f"contents of --{name}"] = fingerprint(Path(path))
         return made_with | {"contents of --model": model_fingerprint(resolve_model(config.model))}
 
     def resume_points(self):
