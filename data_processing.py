@@ -5,40 +5,33 @@
     python data_processing.py make_sft --output data/sft.jsonl --validation_output data/sft_test.jsonl
     python data_processing.py import_pairs --output pairs.jsonl --dataset trl-lib/ultrafeedback_binarized
 
-`make_pairs` writes one pair a prompt, in TRL's conversational preference format with what our training needs beside it:
-    prompt_id                            str, the key
-    prompt, chosen, rejected             message lists
-    prompt_token_ids, chosen_token_ids,  list of int, as sampled
-    rejected_token_ids
-    win_prob                             P(chosen beats rejected)
-    score_chosen, score_rejected         mean win probability against the other samples
-`make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl` with
-`prompt_id`, `prompt`. `make_sft` writes chats, `messages`, for mle.py.
+`make_pairs` writes one pair a prompt, in TRL's conversational preference format with what training needs beside it;
+`make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl`; `make_sft` writes
+chats for mle.py; `import_pairs` writes pairs of text alone, for get_logprobs.py. records.py has the fields of each file.
 """
 
 import hashlib
-import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 from tqdm import tqdm
 
+from data_utils import as_pair, first_exchange, load_rows
+from records import Chat, Message, Pair, Prompt, Scores, read, writer
 from utils import (
     StageError,
-    are_messages,
     check_at_least,
     check_input,
-    check_output_file,
+    check_output,
     derive_seed,
     file_lists,
     fingerprint,
-    first_line,
-    jsonl_writer,
     log,
-    read_prompts,
-    read_scores,
     run,
     split_list,
 )
@@ -51,21 +44,28 @@ def mean_win_probs(win_probs):
     return [sum(p for j, p in enumerate(row) if j != i) / (len(row) - 1) for i, row in enumerate(win_probs)]
 
 
-def ranked(win_probs):
-    """Sample indices, best score first. Ties keep the sampling order."""
-    scores = mean_win_probs(win_probs)
-    return sorted(range(len(scores)), key=lambda i: -scores[i])
+class Choice(NamedTuple):
+    """What a pair rule takes from K samples: the indices of a pair, and whether it cannot tell which one is better."""
+
+    chosen: int
+    rejected: int
+    tie: bool
 
 
 def top_two(win_probs, rng):
     """The released recipe: the best sample against the second best."""
-    return tuple(ranked(win_probs)[:2])
+    return _by_score(win_probs, second=1)
 
 
 def best_worst(win_probs, rng):
     """INPO's paper: the best sample against the worst."""
-    order = ranked(win_probs)
-    return order[0], order[-1]
+    return _by_score(win_probs, second=-1)
+
+
+def _by_score(win_probs, second):
+    scores = mean_win_probs(win_probs)
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])  # ties keep the sampling order
+    return Choice(order[0], order[second], scores[order[0]] == scores[order[second]])
 
 
 def random_pair(win_probs, rng):
@@ -74,22 +74,27 @@ def random_pair(win_probs, rng):
     With soft labels (or a label drawn with the win probability) this is the only unbiased rule of the three.
     """
     first, second = rng.sample(range(len(win_probs)), 2)
-    return (first, second) if win_probs[first][second] >= win_probs[second][first] else (second, first)
+    if win_probs[first][second] < win_probs[second][first]:
+        first, second = second, first
+    return Choice(first, second, win_probs[first][second] == 0.5)
 
 
-PAIR_RULES = {"top_two": top_two, "best_worst": best_worst, "random": random_pair}
+PAIR_RULES: dict[str, Callable[[list, random.Random], Choice]] = {
+    "top_two": top_two,
+    "best_worst": best_worst,
+    "random": random_pair,
+}
 
 
-def make_pair(record, rule, max_length, seed):
-    """(pair record, None), or (None, why there is none)."""
+def make_pair(record: dict, rule: str, max_length: int, seed: int) -> tuple[dict | None, str | None]:
+    """(pair, None) of a scores record, or (None, why there is none)."""
     samples, win_probs = record["samples"], record["win_probs"]
-    chosen, rejected = PAIR_RULES[rule](win_probs, random.Random(derive_seed(seed, record["prompt_id"], rule)))
+    chosen, rejected, tie = PAIR_RULES[rule](win_probs, random.Random(derive_seed(seed, record["prompt_id"], rule)))
     if samples[chosen]["text"] == samples[rejected]["text"]:
         return None, "identical responses"
-    scores = mean_win_probs(win_probs)
-    # The ranking rules can put a lower score first only in a tie; with `random`, the judge itself is undecided.
-    if (win_probs[chosen][rejected] == 0.5) if rule == "random" else (scores[chosen] == scores[rejected]):
+    if tie:
         return None, "ties"
+    scores = mean_win_probs(win_probs)
     lengths = [len(samples[i]["token_ids"]) for i in (chosen, rejected)]
     if not min(lengths):
         return None, "empty responses"
@@ -127,8 +132,8 @@ def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: 
         raise StageError(f"--pair_rule should be one of {', '.join(PAIR_RULES)}, got {pair_rule}")
     for path, target in zip(inputs, outputs):
         counts = Counter()
-        with jsonl_writer(target) as write:
-            for record in tqdm(read_scores(path), desc="pairs", unit="record"):
+        with writer(target, Pair) as write:
+            for record in tqdm(read(path, Scores), desc="pairs", unit="record"):
                 pair, dropped = make_pair(record, pair_rule, max_length, seed)
                 counts["records"] += 1
                 counts[dropped or "pairs"] += 1
@@ -140,30 +145,6 @@ def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: 
 
 
 # ---------------------------------------------------------------------------------------------- prompts and SFT data
-
-
-def load_rows(source, split, local):
-    """Rows of a data set: a local .jsonl, .json or .parquet file, or a Hub data set through `datasets`."""
-    from datasets import load_dataset
-
-    if not local:
-        try:
-            return load_dataset(source, split=split)
-        except Exception as error:  # `datasets` raises many kinds; all mean that there is no data
-            raise StageError(
-                f"data set {source}: the Hub did not provide it ({first_line(error)}); "
-                "give a local file of the same format with --local_file"
-            ) from None
-    kind = "parquet" if local.endswith(".parquet") else "json"
-    check_input(local, also="a Parquet file" if kind == "parquet" else "")
-    try:
-        if kind == "json":
-            with open(local, encoding="utf-8") as file:  # Arrow meets bytes that are no text only when they are used
-                for _ in file:
-                    pass
-        return load_dataset(kind, data_files=local, split="train")
-    except Exception as error:
-        raise StageError(f"{local}: not readable as {kind} ({first_line(error.__cause__ or error)})") from None
 
 
 def shuffle_key(seed, text):
@@ -204,7 +185,7 @@ def make_prompts(
     excluded = set()
     for path in split_list(exclude):
         check_input(path)
-        excluded |= {record["prompt"].strip() for record in read_prompts(path)}
+        excluded |= {record["prompt"].strip() for record in read(path, Prompt)}
     rows = load_rows(dataset, "train", local_file)
     if field not in rows.column_names:
         raise StageError(f"{local_file or dataset} has no column {field!r}; it has {', '.join(rows.column_names)}")
@@ -222,7 +203,7 @@ def make_prompts(
     files = {name: train[i::num_splits] for i, name in enumerate(names)} | {"train": train, "test": test}
     for name, prompts in files.items():
         if prompts:
-            with jsonl_writer(Path(output_dir) / f"{name}.jsonl") as write:
+            with writer(Path(output_dir) / f"{name}.jsonl", Prompt) as write:
                 for prompt in prompts:
                     write({"prompt_id": fingerprint(prompt), "prompt": prompt})
     log.info(
@@ -262,8 +243,8 @@ def make_sft(
     """
     check_at_least(1, num_validation=num_validation)
     check_at_least(0, limit=limit)
-    check_output_file("output", output)
-    check_output_file("validation_output", validation_output)
+    check_output("output", output)
+    check_output("validation_output", validation_output)
     paths = [Path(path).resolve() for path in (output, validation_output, local_file) if path]
     if len(set(paths)) < len(paths):
         raise StageError("--output, --validation_output and --local_file should be different files")
@@ -273,11 +254,13 @@ def make_sft(
     fits = length_filter(tokenizer, max_length)
     counts, kept = Counter(), []  # (shuffle key, row): the rows themselves stay on disk
     for number, row in enumerate(tqdm(rows, desc="chats", unit="chat")):
-        if not are_messages(row["messages"]):
+        try:
+            msgspec.convert(row["messages"], list[Message])
+        except msgspec.ValidationError as error:
             raise StageError(
-                f"{local_file or dataset}, row {number + 1}: messages should be messages of {{role, content}}, "
-                f"got {repr(row['messages'])[:200]}"
-            )
+                f"{local_file or dataset}, row {number + 1}: messages should be messages of "
+                f"{{role, content}} ({error}), got {repr(row['messages'])[:200]}"
+            ) from None
         messages = first_exchange(row["messages"])
         what = (
             "without an answer"
@@ -295,8 +278,8 @@ def make_sft(
             f"{len(kept)} usable examples are too few for {num_validation} of validation (--num_validation)"
         )
     with ExitStack() as stack:
-        write_validation = stack.enter_context(jsonl_writer(validation_output))
-        write_train = stack.enter_context(jsonl_writer(output))
+        write_validation = stack.enter_context(writer(validation_output, Chat))
+        write_train = stack.enter_context(writer(output, Chat))
         for position, number in enumerate(kept):
             write = write_validation if position < num_validation else write_train
             write({"prompt_id": str(number), "messages": first_exchange(rows[number]["messages"])})
@@ -307,15 +290,6 @@ def make_sft(
         len(kept) - num_validation,
         num_validation,
     )
-
-
-def first_exchange(messages):
-    """The messages up to the first non-empty answer of the assistant, or None."""
-    for position, message in enumerate(messages):
-        if message["role"] == "assistant":
-            usable = position and message["content"].strip() and messages[position - 1]["content"].strip()
-            return [{"role": m["role"], "content": m["content"]} for m in messages[: position + 1]] if usable else None
-    return None
 
 
 def length_filter(tokenizer, max_length):
@@ -355,7 +329,7 @@ def import_pairs(
             f"{local_file or dataset} has no column {' nor '.join(sorted(missing))}; "
             f"it has {', '.join(rows.column_names)}"
         )
-    with jsonl_writer(output) as write:
+    with writer(output, Pair) as write:
         for number, row in enumerate(tqdm(rows, desc="pairs", unit="pair")):
             pair, left_out = as_pair(row)
             counts[left_out or "pairs"] += 1
@@ -364,35 +338,6 @@ def import_pairs(
         if not counts["pairs"]:
             raise StageError(f"{local_file or dataset}: no usable pair in {len(rows)} rows ({dict(counts)})")
     log.info("%s: %s", output, ", ".join(f"{count} {what}" for what, count in counts.items()))
-
-
-def as_pair(row):
-    """({prompt, chosen, rejected} as lists of messages, None) from a row, or (None, why there is none)."""
-    try:
-        chosen, rejected = as_messages(row["chosen"], "assistant"), as_messages(row["rejected"], "assistant")
-        if chosen == rejected:
-            return None, "identical responses"
-        common = len(list(itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected))))
-        prompt = chosen[:common] or as_messages(row.get("prompt"), "user")
-    except (TypeError, KeyError):
-        return None, "without a prompt and two answers"
-    pair = {"prompt": prompt, "chosen": chosen[common:], "rejected": rejected[common:]}
-    roles = [[message["role"] for message in pair[name][-2:]] for name in ("chosen", "rejected")]
-    if roles != [["assistant"], ["assistant"]] or not prompt or prompt[-1]["role"] != "user":
-        return None, "without a prompt and two answers"
-    if not all(
-        isinstance(message["content"], str) and message["content"] for part in pair.values() for message in part
-    ):
-        return None, "empty or without text"
-    return pair, None
-
-
-def as_messages(value, role):
-    """Messages with role and content alone; text is one message of `role`. Raises TypeError, KeyError for anything
-    else."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, and chats as token ids."""
+"""Models, tokenizers and data sets by name, and chats as token ids."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from utils import StageError, first_line
+from utils import StageError, check_input, first_line
 
 # ---------------------------------------------------------------------------------------------- models
 
@@ -158,6 +158,74 @@ def check_vocabulary(tokenizer, source, model):
                 f"{source} does not have the tokenizer of {model}: id {number} is {token!r} there and "
                 f"{own[number]!r} here; name the one that the model was trained with"
             )
+
+
+# ---------------------------------------------------------------------------------------------- data sets
+
+
+def load_rows(source: str, split: str, local: str):
+    """Rows of a data set: the file `local`, .jsonl, .json or .parquet, or else the split of a Hub data set.
+
+    Raises StageError where there is none, or where it cannot be read.
+    """
+    from datasets import load_dataset
+
+    if not local:
+        try:
+            return load_dataset(source, split=split)
+        except Exception as error:  # `datasets` raises many kinds; all mean that there is no data
+            raise StageError(
+                f"data set {source}: the Hub did not provide it ({first_line(error)}); "
+                "give a local file of the same format with --local_file"
+            ) from None
+    kind = "parquet" if local.endswith(".parquet") else "json"
+    check_input(local, also="a Parquet file" if kind == "parquet" else "")
+    try:
+        if kind == "json":
+            with open(local, encoding="utf-8") as file:  # Arrow meets bytes that are no text only when they are used
+                for _ in file:
+                    pass
+        return load_dataset(kind, data_files=local, split="train")
+    except Exception as error:
+        raise StageError(f"{local}: not readable as {kind} ({first_line(error.__cause__ or error)})") from None
+
+
+def first_exchange(messages):
+    """The messages up to the first non-empty answer of the assistant, or None."""
+    for position, message in enumerate(messages):
+        if message["role"] == "assistant":
+            usable = position and message["content"].strip() and messages[position - 1]["content"].strip()
+            return [{"role": m["role"], "content": m["content"]} for m in messages[: position + 1]] if usable else None
+    return None
+
+
+def as_pair(row):
+    """({prompt, chosen, rejected} as lists of messages, None) from a row, or (None, why there is none)."""
+    try:
+        chosen, rejected = as_messages(row["chosen"], "assistant"), as_messages(row["rejected"], "assistant")
+        if chosen == rejected:
+            return None, "identical responses"
+        common = len(list(itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected))))
+        prompt = chosen[:common] or as_messages(row.get("prompt"), "user")
+    except (TypeError, KeyError):
+        return None, "without a prompt and two answers"
+    pair = {"prompt": prompt, "chosen": chosen[common:], "rejected": rejected[common:]}
+    roles = [[message["role"] for message in pair[name][-2:]] for name in ("chosen", "rejected")]
+    if roles != [["assistant"], ["assistant"]] or not prompt or prompt[-1]["role"] != "user":
+        return None, "without a prompt and two answers"
+    if not all(
+        isinstance(message["content"], str) and message["content"] for part in pair.values() for message in part
+    ):
+        return None, "empty or without text"
+    return pair, None
+
+
+def as_messages(value, role):
+    """Messages with role and content alone; text is one message of `role`. Raises TypeError, KeyError for anything
+    else."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 # ---------------------------------------------------------------------------------------------- chat encoding

@@ -183,8 +183,8 @@ def test_make_pairs_gives_the_same_file_for_the_same_seed(jsonl, tmp_path):
         (scored(EVEN), {}, "no usable pair in 1 records"),
         (scored(THREE), {"max_length": 3}, "no usable pair in 1 records .*longer than 3 tokens"),
         (scored(THREE), {"pair_rule": "best"}, "--pair_rule should be one of top_two, best_worst, random, got best"),
-        (scored([[None]]), {}, "1 samples, needed: 2"),
-        ({"prompt_id": "a"}, {}, "line 1: field 'prompt' is missing"),
+        (scored([[None]]), {}, "1 entries, needed: 2"),
+        ({"prompt_id": "a"}, {}, "line 1: prompt_id a: field prompt is missing"),
     ],
 )
 def test_make_pairs_fails_without_an_output(jsonl, tmp_path, record, settings, message):

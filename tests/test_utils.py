@@ -19,10 +19,6 @@ from utils import (
     dump_json,
     file_lists,
     fingerprint,
-    jsonl_writer,
-    read_jsonl,
-    read_prompts,
-    read_scores,
     split_list,
     write_text,
 )
@@ -116,7 +112,7 @@ def stage(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "words", [["a/b", "c", "--count", "2"], ["--names", "a/b,c", "--count=2"], ["a/b", "--count", "2", "c"]]
+    "words", [["a/b", "c", "--count", "2"], ["--count=2", "a/b", "c"], ["a/b", "--count", "2", "c"]]
 )
 def test_run_takes_words_without_a_flag_where_a_list_is_wanted(stage, words):
     assert ran(stage("listed", *words)) == [["a/b", "c"], 2]
@@ -146,24 +142,22 @@ def ran(result):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--text", "a", "--cuont", "3"], "unknown flag --cuont; did you mean --count?"),
-        (["--cuont=3", "--text", "a"], "unknown flag --cuont"),
+        (["--text", "a", "--cuont", "3"], "unknown argument --cuont; did you mean --count?"),
+        (["--cuont=3", "--text", "a"], "unknown argument --cuont"),
         (["--text", "a", "--zzz"], "see stage.py --help"),
-        (["--text", "a", "--count", "three"], "--count takes int, got 'three'"),
-        (["--text", "a", "--count", "1e3"], "--count takes int, got '1e3'"),
-        (["--text", "a", "--count", "2.0"], "--count takes int, got '2.0'"),
-        (["--text", "a", "--quick=maybe"], "--quick takes bool, got 'maybe'"),
-        (["--text", "a", "--quick", "maybe"], "unexpected argument 'maybe'"),
+        (["--text", "a", "--count", "three"], "--count: invalid int value: 'three'"),
+        (["--text", "a", "--count", "1e3"], "--count: invalid int value: '1e3'"),
+        (["--text", "a", "--count", "2.0"], "--count: invalid int value: '2.0'"),
+        (["--text", "a", "--quick=maybe"], "--quick: should be true or false, got 'maybe'"),
+        (["--text", "a", "--quick", "maybe"], "--quick: should be true or false, got 'maybe'"),
         (["--count", "3"], "missing --text"),
         ([], "missing --text"),
-        (["a"], "unexpected argument 'a'"),
-        (["--text", "a", "b"], "unexpected argument 'b'"),
-        (["-text", "a"], "unexpected argument '-text'"),
-        (["--text", "a", "--", "--trace"], "unexpected argument '--'"),
-        (["--text", "a", "--text", "b"], "--text is given twice"),
-        (["--text", "a", "--max-length", "1", "--max_length", "2"], "--max_length is given twice"),
-        (["--text", "--count", "3"], "--text needs a value"),
-        (["--text", "a", "--count"], "--count needs a value"),
+        (["a"], "unknown argument a"),
+        (["--text", "a", "b"], "unknown argument b"),
+        (["-text", "a"], "unknown argument -text"),
+        (["--text", "a", "--", "--trace"], "unknown argument --"),
+        (["--text", "--count", "3"], "--text: expected one argument"),
+        (["--text", "a", "--count"], "--count: expected one argument"),
     ],
 )
 def test_run_refuses_before_the_function_runs(stage, words, message):
@@ -197,7 +191,6 @@ def test_run_keeps_text_as_text(stage, text):
 
 @pytest.mark.parametrize("text", ["-", "-dir", "-h"])
 def test_run_takes_a_value_with_a_dash_as_text_or_refuses_it(stage, text):
-    # Fire takes `-` for its separator and `-dir` for a flag.
     code, out, err = result = stage("main", "--text", text)
     if code == 0:
         assert ran(result)[0] == text
@@ -230,7 +223,9 @@ def test_run_takes_the_fields_of_a_configuration_as_flags(stage):
     assert ran(stage("configured", "--deep", "--size=3", "--text", "7"))[1] == {"rate": 0.5, "size": 3, "deep": True}
     assert_refused(stage("configured", "--text", "7"), "missing --size")
     assert_refused(stage("configured", "--size", "3", "--depe"), "did you mean --deep?")
-    assert_refused(stage("configured", "--size", "3", "--rate", "fast"), "--rate takes float, got 'fast'")
+    assert_refused(
+        stage("configured", "--size", "3", "--rate", "fast"), "--rate: should be a finite number, got 'fast'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +259,7 @@ def test_run_chooses_among_commands(stage):
     assert ran(stage("several", "main", "--text", "main"))[0] == "main"
     for words in ([], ["other"], ["--text", "a"]):
         assert_refused(stage("several", *words), "usage: stage.py COMMAND", "Print the flags.", "End in one way or")
-    assert_refused(stage("several", "main", "--zzz", "1"), "stage.py main: error: unknown flag --zzz")
+    assert_refused(stage("several", "main", "--zzz", "1"), "stage.py main: error: unknown argument --zzz")
 
 
 @pytest.mark.parametrize(
@@ -313,6 +308,7 @@ def test_file_lists_pairs_inputs_with_outputs(jsonl):
         ("a,missing", "x,y", "missing does not exist"),
         ("empty", "x", "empty is empty"),
         ("folder", "x", "folder is not a file"),
+        ("a", "/dev/null", "is a device"),
         ("a,b", "x,./x", "written twice"),
         ("a", "./a", "is also an input"),
         ("a,b", "x,folder/../a", "is also an input"),
@@ -324,44 +320,6 @@ def test_file_lists_refuses(jsonl, tmp_path, monkeypatch, input, output, message
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StageError, match=message):
         file_lists(input=input, output=output)
-
-
-FIELDS = {"prompt_id": str, "prompt": str, "score": (int, float)}
-GOOD = '{"prompt_id": "a", "prompt": "x", "score": 1}\n'
-
-
-@pytest.mark.parametrize(
-    "second, message",
-    [
-        ("not json\n", "line 2: not valid JSON"),
-        ('{"prompt_id": "b", "prompt": "x", "sco', "line 2: not valid JSON"),  # the file was cut
-        ("{}\0\0\n", "line 2: not valid JSON"),
-        ("[" * 100_000 + "\n", "line 2: not valid JSON"),
-        (
-            '{"prompt_id": "b", "prompt": "x", "score": true}\n',
-            "line 2: field 'score' should be int or float, got bool",
-        ),
-        ('{"prompt_id": "b", "prompt": "x", "score": NaN}\n', "line 2: not valid JSON"),
-        ("[1, 2]\n", "line 2: expected a JSON object, got list"),
-        ('{"prompt_id": "b", "score": 2}\n', "line 2: field 'prompt' is missing; found prompt_id, score"),
-        ('{"prompt_id": "b", "prompt": ["x"], "score": 2}\n', "line 2: field 'prompt' should be str, got list"),
-        ('{"prompt_id": 7, "prompt": "x", "score": 2}\n', "line 2: field 'prompt_id' should be str, got int"),
-        ('{"prompt_id": "b", "prompt": "x", "score": "2"}\n', "line 2: field 'score' should be int or float, got str"),
-        (GOOD, "line 2: prompt_id 'a' occurs a second time"),
-    ],
-)
-def test_read_jsonl_names_file_and_line(tmp_path, second, message):
-    path = tmp_path / "a.jsonl"
-    path.write_text(GOOD + second)
-    with pytest.raises(StageError, match=f"a.jsonl, {message}"):
-        list(read_jsonl(path, FIELDS))
-
-
-def test_read_jsonl_overlooks_what_editors_leave(tmp_path):
-    """A byte order mark, carriage returns, blank lines."""
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() + b"\r\n\n \n")
-    assert [record["prompt_id"] for record in read_jsonl(path, FIELDS)] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -379,103 +337,7 @@ def test_check_input_names_what_is_not_text(tmp_path, content, kind):
         check_input(tmp_path / "a.jsonl")
 
 
-def scored(prompt_id="a", count=2, **changes):
-    """A record of a scores file."""
-    samples = [{"text": str(n), "token_ids": [n], "finish_reason": "stop"} for n in range(count)]
-    return {
-        "prompt_id": prompt_id,
-        "prompt": "x",
-        "prompt_token_ids": [1],
-        "samples": samples,
-        "win_probs": [[None if i == j else 0.5 for j in range(count)] for i in range(count)],
-    } | changes
-
-
-@pytest.mark.parametrize(
-    "record, message",
-    [
-        (scored(count=1), "1 samples, needed: 2"),
-        (scored(count=3), "3 samples, but the records before it have 2"),
-        (scored(prompt_token_ids=["1"]), "prompt_token_ids should be a list of token ids"),
-        (scored(prompt_token_ids=[True]), "prompt_token_ids should be a list of token ids"),
-        (scored(samples=["a", "b"]), "each of samples should be {text, token_ids, finish_reason}"),
-        (scored(samples=[{"text": "a"}] * 2), "token_ids of a sample should be a list of token ids, got None"),
-        (scored(samples=[{"text": 1, "token_ids": []}] * 2), "each of samples should be"),
-        (scored(win_probs=None), "is missing; is this a scores file"),
-        (scored(win_probs=[[None, 0.5]]), "win_probs should be 2 x 2 numbers for 2 samples"),
-        (scored(win_probs=[[None], [None]]), "win_probs should be 2 x 2 numbers"),
-        (scored(win_probs=[[0.5, 0.5], [0.5, None]]), r"win_probs\[0\]\[0\] should be null, got 0.5"),
-        (scored(win_probs=[[None, None], [None, None]]), r"win_probs\[1\]\[0\] should be a probability, got None"),
-        (scored(win_probs=[[None, 1.2], [-0.2, None]]), r"win_probs\[1\]\[0\] should be a probability, got -0.2"),
-        (scored(win_probs=[[None, 0.7], [0.5, None]]), "should add up to 1, got 0.5 and 0.7"),
-    ],
-)
-def test_read_scores_refuses(jsonl, record, message):
-    path = jsonl("scores.jsonl", *([scored("first")] if len(record["samples"]) == 3 else []), record)
-    with pytest.raises(StageError, match=f"scores.jsonl, prompt_id a: .*{message}"):
-        list(read_scores(path))
-
-
-def test_read_jsonl_names_the_line_that_is_not_utf8(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(GOOD.encode() + b'{"prompt_id": "\xff"}\n')
-    with pytest.raises(StageError, match="line 2: not UTF-8 text"):
-        list(read_jsonl(path, FIELDS))
-
-
-def test_read_jsonl_refuses_an_empty_file(jsonl):
-    with pytest.raises(StageError, match="no records"):
-        list(read_jsonl(jsonl("a.jsonl"), FIELDS))
-
-
-def test_read_jsonl_splits_at_line_feeds_only(jsonl):
-    texts = ["a\u2028b", "a\u2029b", "a\x85b", "a\rb", "a\nb"]
-    records = [{"prompt_id": str(i), "prompt": text} for i, text in enumerate(texts)]
-    path = jsonl("a.jsonl", *records)
-    assert path.read_bytes().count(b"\n") == 5  # only ASCII control characters are escaped in JSON
-    assert list(read_jsonl(path, {"prompt_id": str})) == records
-    assert sum(1 for _ in read_jsonl(path, {"prompt_id": str})) == 5
-
-
-def test_read_prompts_makes_ids_from_the_text(jsonl):
-    path = jsonl("a.jsonl", {"prompt": "x"}, {"prompt": "y", "prompt_id": "mine"}, {"prompt": "z", "prompt_id": 3})
-    # The first 16 hex digits of sha256("x").
-    assert [record["prompt_id"] for record in read_prompts(path)] == ["2d711642b726b044", "mine", "3"]
-
-
-def test_read_prompts_keeps_numbered_ids(jsonl):
-    path = jsonl("a.jsonl", *({"prompt": "x", "prompt_id": number} for number in range(3)))
-    assert [record["prompt_id"] for record in read_prompts(path)] == ["0", "1", "2"]
-
-
-@pytest.mark.parametrize(
-    "records, message",
-    [
-        ([{"prompt": "x"}, {"prompt": " \n"}], "record 2: the prompt is empty"),
-        ([{"prompt": "x"}, {"prompt": "x"}], "record 2: prompt_id '2d711642b726b044' .* occurs a second time"),
-        (
-            [{"prompt": "x", "prompt_id": "3"}, {"prompt": "y", "prompt_id": 3}],
-            "record 2: prompt_id '3' .* a second time",
-        ),
-        ([{"prompt": "x", "prompt_id": ["3"]}], "record 1: prompt_id should be text"),
-        ([{"text": "x"}], "line 1: field 'prompt' is missing"),
-        ([], "no records"),
-    ],
-)
-def test_read_prompts_refuses(jsonl, records, message):
-    with pytest.raises(StageError, match=message):
-        list(read_prompts(jsonl("a.jsonl", *records)))
-
-
-def test_read_prompts_names_the_line_of_half_a_character(tmp_path):
-    # JSON can spell one half of a surrogate pair (an emoji that was cut); no tokenizer or UTF-8 file takes it.
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "x"}\n{"prompt": "\\ud83d"}\n')
-    with pytest.raises(StageError, match="line 2"):
-        list(read_prompts(path))
-
-
-def test_text_id_differs_by_text_and_not_by_run():
+def test_fingerprint_differs_by_text_and_not_by_run():
     assert fingerprint("x") == "2d711642b726b044"
     assert len({fingerprint(text) for text in ("x", "x ", "X", "é", "e\u0301", "")}) == 6
 
@@ -484,33 +346,6 @@ def test_text_id_differs_by_text_and_not_by_run():
 def test_dump_json_refuses_what_is_not_json(number):
     with pytest.raises(ValueError):
         dump_json({"score": number})
-
-
-def test_jsonl_writer_takes_its_name_at_the_end(tmp_path):
-    path = tmp_path / "new" / "a.jsonl"
-    records = [{"text": "naïve 東京\u2028\n", "p": 0.1}, {"text": "", "p": None}]
-    with jsonl_writer(path) as write:
-        for record in records:
-            write(record)
-        assert not path.exists()
-    assert list(read_jsonl(path)) == records
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_jsonl_writer_leaves_nothing_after_an_exception(tmp_path, error):
-    with pytest.raises(error), jsonl_writer(tmp_path / "a.jsonl") as write:
-        write({"a": 1})
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_jsonl_writer_keeps_the_old_file_after_an_exception(tmp_path, jsonl):
-    path = jsonl("a.jsonl", {"old": True})
-    with pytest.raises(ValueError), jsonl_writer(path) as write:
-        write({"score": float("nan")})
-    assert list(read_jsonl(path)) == [{"old": True}]
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_write_text_replaces_a_file(tmp_path):
