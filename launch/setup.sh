@@ -57,7 +57,7 @@ stamp=.venv/setup.stamp
 missing() {
     "$1" -c 'import sys; from importlib.util import find_spec
 print(*[name for name in sys.argv[1:] if find_spec(name) is None])' \
-        torch transformers vllm accelerate datasets fire
+        torch transformers vllm accelerate datasets msgspec
 }
 
 # use PYTHON WHAT-IT-IS: run with this one, or say why not
