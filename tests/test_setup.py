@@ -298,7 +298,7 @@ def own_environment(project, tmp_path):
     """(folder, settings) of an environment with a real Python that finds all packages: empty files do."""
     packages = tmp_path / "packages"
     packages.mkdir()
-    for name in ("torch", "transformers", "vllm", "accelerate", "datasets", "fire"):
+    for name in ("torch", "transformers", "vllm", "accelerate", "datasets", "msgspec"):
         (packages / f"{name}.py").write_text("raise ImportError('looked for, never imported')")
     folder = tmp_path / "own environment"
     # -S leaves out site-packages, so that only the files above count.
