@@ -131,7 +131,7 @@ def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: 
     if pair_rule not in PAIR_RULES:
         raise StageError(f"--pair_rule should be one of {', '.join(PAIR_RULES)}, got {pair_rule}")
     for path, target in zip(inputs, outputs):
-        counts = Counter()
+        counts: Counter[str] = Counter()
         with writer(target, Pair) as write:
             for record in tqdm(read(path, Scores), desc="pairs", unit="record"):
                 pair, dropped = make_pair(record, pair_rule, max_length, seed)
@@ -252,7 +252,8 @@ def make_sft(
     if "messages" not in rows.column_names:
         raise StageError(f"{local_file or dataset} has no column 'messages'; it has {', '.join(rows.column_names)}")
     fits = length_filter(tokenizer, max_length)
-    counts, kept = Counter(), []  # (shuffle key, row): the rows themselves stay on disk
+    counts: Counter[str] = Counter()
+    order = []  # (shuffle key, row number): the rows themselves stay on disk
     for number, row in enumerate(tqdm(rows, desc="chats", unit="chat")):
         try:
             msgspec.convert(row["messages"], list[Message])
@@ -262,17 +263,13 @@ def make_sft(
                 f"{{role, content}} ({error}), got {repr(row['messages'])[:200]}"
             ) from None
         messages = first_exchange(row["messages"])
-        what = (
-            "without an answer"
-            if not messages
-            else "examples"
-            if fits(messages)
-            else f"longer than {max_length} tokens"
-        )
+        what = "without an answer"
+        if messages:
+            what = "examples" if fits(messages) else f"longer than {max_length} tokens"
         counts[what] += 1
         if what == "examples":
-            kept.append((shuffle_key(seed, f"{messages[-2]['content']}\0{number}"), number))
-    kept = [number for _, number in sorted(kept)][: limit or None]
+            order.append((shuffle_key(seed, f"{messages[-2]['content']}\0{number}"), number))
+    kept = [number for _, number in sorted(order)][: limit or None]
     if len(kept) <= num_validation:
         raise StageError(
             f"{len(kept)} usable examples are too few for {num_validation} of validation (--num_validation)"
@@ -283,13 +280,8 @@ def make_sft(
         for position, number in enumerate(kept):
             write = write_validation if position < num_validation else write_train
             write({"prompt_id": str(number), "messages": first_exchange(rows[number]["messages"])})
-    log.info(
-        "%s: %s; %d train, %d validation",
-        output,
-        ", ".join(f"{count} {what}" for what, count in counts.items()),
-        len(kept) - num_validation,
-        num_validation,
-    )
+    found = ", ".join(f"{count} {what}" for what, count in counts.items())
+    log.info("%s: %s; %d train, %d validation", output, found, len(kept) - num_validation, num_validation)
 
 
 def length_filter(tokenizer, max_length):
@@ -322,7 +314,8 @@ def import_pairs(
         dataset: Hub data set
         split: its split
     """
-    rows, counts = load_rows(dataset, split, local_file), Counter()
+    rows = load_rows(dataset, split, local_file)
+    counts: Counter[str] = Counter()
     missing = {"chosen", "rejected"} - set(rows.column_names)
     if missing:
         raise StageError(

@@ -258,7 +258,8 @@ def read(path: str | Path, schema: type) -> Iterator[dict]:
 
 def scan(path: str | Path, schema: type) -> Iterator[tuple[int, dict]]:
     """`read` with the offset of each line: yields (offset, record)."""
-    seen, offset, first = set(), 0, None
+    seen: set[str] = set()
+    offset, first = 0, None
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             begin, offset = offset, offset + len(line)

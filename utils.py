@@ -71,10 +71,14 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        _fail(f"{self.prog}: error: {message}; see {self.prog} --help", 2)
+
+
 def _read_flags(program, command, words):
     """{flag: value}. Ends the process with code 2 where a word is neither a flag nor the value of one."""
-    parser = argparse.ArgumentParser(program, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: _fail(f"{program}: error: {message}; see {program} --help", 2)
+    parser = _Parser(program, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parameters = list(inspect.signature(command).parameters.values())
     config = next((p.annotation for p in parameters if p.kind is p.VAR_KEYWORD), None)
     flags = {p.name: (p.annotation, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
@@ -87,7 +91,10 @@ def _read_flags(program, command, words):
     required = [name for name, (_, default) in flags.items() if default is inspect._empty]
     for name, (kind, default) in flags.items():
         text = " ".join(explained.get(name, "").split()) + (f" (default: {default!r})", " (required)")[name in required]
-        options = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}  # the command has its own defaults
+        options: dict[str, Any] = {
+            "help": text.replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+        }  # the command has its own defaults
         if kind is list:
             parser.add_argument(name, nargs="*", **options)
         else:

@@ -82,7 +82,7 @@ class JsonlDataset(Dataset):
 class PairDataset(JsonlDataset):
     """Preference pairs with stored log-probabilities: the data file of an iteration. Every pair weighs 1."""
 
-    schema = Data
+    schema: type = Data
 
     def measure(self, record):
         prompt, length = record["prompt_token_ids"], len(record["prompt_token_ids"])
