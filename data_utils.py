@@ -171,7 +171,7 @@ def load_rows(source: str, split: str, local: str):
                 "give a local file of the same format with --local_file"
             ) from None
     kind = "parquet" if local.endswith(".parquet") else "json"
-    check_input(local, also="a Parquet file" if kind == "parquet" else "")
+    check_input(local, also="Parquet" if kind == "parquet" else "")
     try:
         if kind == "json":
             with open(local, encoding="utf-8") as file:  # Arrow meets bytes that are no text only when they are used

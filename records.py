@@ -222,19 +222,11 @@ KEYS: dict[type, Callable[[dict], Any]] = {
 
 # Which stage writes a field, for whoever hands a file to the wrong one.
 WRITERS = {
-    "samples": "sampling.py",
-    "prompt_token_ids": "sampling.py",
-    "win_probs": "scoring.py",
-    "chosen": "data_processing.py make_pairs",
-    "rejected": "data_processing.py make_pairs",
-    "chosen_token_ids": "data_processing.py make_pairs",
-    "rejected_token_ids": "data_processing.py make_pairs",
-    "win_prob": "data_processing.py make_pairs",
-    "last_chosen_logp": "get_logprobs.py",
-    "last_rejected_logp": "get_logprobs.py",
-    "ref_chosen_logp": "get_logprobs.py",
-    "ref_rejected_logp": "get_logprobs.py",
-    "messages": "data_processing.py make_sft",
+    "sampling.py": ["samples", "prompt_token_ids"],
+    "scoring.py": ["win_probs"],
+    "data_processing.py make_pairs": ["chosen", "rejected", "chosen_token_ids", "rejected_token_ids", "win_prob"],
+    "data_processing.py make_sft": ["messages"],
+    "get_logprobs.py": ["last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp"],
 }
 
 
@@ -320,12 +312,10 @@ def _explain(error, record):
     where = f"prompt_id {record['prompt_id']}: " if "prompt_id" in record else ""
     missing = re.fullmatch(r"Object missing required field `(\w+)`", message)
     if missing:
-        name = missing[1]
-        writer = f" ({WRITERS[name]} writes it)" if name in WRITERS else ""
-        found = _at(record, place)
-        return (
-            f"{where}{place + ': ' if place else ''}field {name} is missing{writer}; found {', '.join(found) or 'none'}"
-        )
+        name, found = missing[1], _at(record, place)
+        writer = "".join(f" ({stage} writes it)" for stage, fields in WRITERS.items() if name in fields)
+        where += f"{place}: " if place else ""
+        return f"{where}field {name} is missing{writer}; found {', '.join(found) or 'no field'}"
     expected = message.partition(", got ")[0].removeprefix("Expected ").replace("`", "")
     return f"{where}{place} should be {expected}, got {repr(_at(record, place))[:100]}"
 

@@ -54,12 +54,11 @@ def run(*commands: Callable[..., None]) -> None:
         command(**_read_flags(program, command, words))
     except StageError as error:
         _fail(f"{program}: error: {error}", 1)
-    except KeyboardInterrupt as signalled:
-        terminated = "SIGTERM" in signalled.args
-        _fail(f"{program}: {'terminated' if terminated else 'interrupted'}", 143 if terminated else 130)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{program}: error: {error.strerror or error}{where}", 1)
+        _fail(f"{program}: error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", 1)
+    except KeyboardInterrupt as signalled:
+        what, code = ("terminated", 143) if "SIGTERM" in signalled.args else ("interrupted", 130)
+        _fail(f"{program}: {what}", code)
 
 
 def _terminated(number, frame):
@@ -137,18 +136,12 @@ def check_at_least(low: float, **flags: float) -> None:
             raise StageError(f"--{name} should be at least {low}, got {value}")
 
 
-_FORMATS = {
-    b"\x1f\x8b": "compressed with gzip",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "a Parquet file",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-}
+# What files of other kinds begin with.
+_KINDS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"PK\3\4": "zip"}
 
 
 def check_input(path: str | Path, also: str = "") -> None:
-    """Raise StageError unless `path` is a file of text that is not empty, or of the format `also`."""
+    """Raise StageError unless `path` is a file of text that is not empty, or of the kind `also`."""
     path = Path(path)
     if not path.is_file():
         raise StageError(f"input file {path} {'is not a file' if path.exists() else 'does not exist'}")
@@ -156,9 +149,9 @@ def check_input(path: str | Path, also: str = "") -> None:
         raise StageError(f"input file {path} is empty; the stage that wrote it has nothing to pass on")
     with open(path, "rb") as file:
         start = file.read(4)
-    for magic, kind in _FORMATS.items():
-        if start.startswith(magic) and kind != also:
-            raise StageError(f"input file {path} is {kind}, not JSONL text; unpack or convert it first")
+    kind = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), also)
+    if kind != also:
+        raise StageError(f"input file {path} is a {kind} file, not JSONL in UTF-8; unpack or convert it first")
 
 
 def check_output(name: str, path: str | Path) -> None:
@@ -171,18 +164,16 @@ def check_output(name: str, path: str | Path) -> None:
 
 
 def file_lists(**flags: str) -> list[list[Path]]:
-    """Comma-separated path flags as equally long lists of paths, inputs first.
+    """Comma-separated path flags as equally long lists of paths; `output` and `compared` are outputs.
 
-    Raises StageError when the lists differ in length, an input is not a readable file with something in it, an output
-    (`output`, `compared`) is given twice, is also an input, or is not a file's name.
+    Raises StageError when the lists differ in length, for an input that is no file with something in it, and for an
+    output that is given twice, is also an input, or is not a file's name.
     """
     lists = {name: [Path(part) for part in split_list(value)] for name, value in flags.items()}
     counts = {name: len(paths) for name, paths in lists.items()}
     if len(set(counts.values())) != 1 or not max(counts.values()):
-        raise StageError(
-            "these flags need one file each, or equally long comma-separated lists: "
-            + ", ".join(f"--{name} has {count}" for name, count in counts.items())
-        )
+        found = ", ".join(f"--{name} has {count}" for name, count in counts.items())
+        raise StageError(f"these flags need one file each, or equally long comma-separated lists: {found}")
     taken = []
     for name, paths in sorted(lists.items(), key=lambda item: item[0] in ("output", "compared")):
         for path in paths:

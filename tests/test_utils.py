@@ -325,10 +325,10 @@ def test_file_lists_refuses(jsonl, tmp_path, monkeypatch, input, output, message
 @pytest.mark.parametrize(
     "content, kind",
     [
-        (gzip.compress(b"{}\n", mtime=0), "compressed with gzip"),
+        (gzip.compress(b"{}\n", mtime=0), "a gzip file"),
         (b"PAR1....", "a Parquet file"),
-        ("{}\n".encode("utf-16"), "UTF-16"),
-        (b"PK\3\4....", "a zip archive"),
+        ("{}\n".encode("utf-16"), "a UTF-16 file"),
+        (b"PK\3\4....", "a zip file"),
     ],
 )
 def test_check_input_names_what_is_not_text(tmp_path, content, kind):
