@@ -8,7 +8,9 @@ Output, in input order: the input's fields and
     order_gap   mean absolute disagreement of the two orders, null when all K responses are identical
     label_mass  mean probability that the judge puts on its two labels; far below 1, it is answering something else
 
-With --responses the judge, once started, also compares policies: see eval.py compare.
+With --responses it also compares policies, exactly as eval.py compare does. This is here because it takes minutes to
+start a large judge: comal.sh lets the comparisons of an iteration wait until the judge is started anyway, to score the
+samples of the next one, so that every iteration starts the judge once and not twice.
 
 All ordered pairs of different responses are judged, each once. A record whose judging prompt is too long for the
 judge is never cut: it is left out, counted, and listed in `<output>.skipped.jsonl`.
@@ -17,7 +19,7 @@ Exit code 0 means that every other record is in the output.
 
 from functools import partial
 
-from eval import comparison_jobs, write_summaries
+from analysis.comparisons import comparison_jobs, write_summaries
 from judges.base import JudgeConfig, judge_figures, judge_files
 from utils import file_lists, log, read_jsonl, read_samples, run
 
@@ -41,8 +43,8 @@ def main(input: str, output: str, responses: str = "", baseline: str = "", compa
     figures = judge_figures(record for path in outputs for record in read_jsonl(path))
     if figures["label_mass"] is not None and "bt-mixture" not in config.judge_type:  # reward models have no labels
         log.info(
-            "the judge's two orders differ by %(order_gap).3f on average; it puts %(label_mass).3f of its probability "
-            "on its labels",
+            "the judge's position bias is %(order_gap).3f (the mean difference between its two orders); it puts "
+            "%(label_mass).3f of its probability on its labels",
             figures,
         )
         if figures["label_mass"] < 0.5:

@@ -15,19 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import StageError, derive_seed, file_lists, log, read_scores, run, write_text
+from analysis.bootstrap import interval, resampled_means
+from analysis.plots import COLOURS, plot_style, svg_file
+from utils import StageError, file_lists, log, read_scores, run, write_text
 
 CLIP = 1e-6  # probabilities nearer to 0 or 1 are moved to here before their log-odds are taken
 
 
-def distinct(record):
+def distinct(record: dict) -> np.ndarray:
     """The win probabilities of a scores record's different texts, (K, K) with 1/2 on the diagonal."""
     texts = [sample["text"] for sample in record["samples"]]
     first = [texts.index(text) for text in dict.fromkeys(texts)]
     return np.array([[0.5 if i == j else record["win_probs"][i][j] for j in first] for i in first])
 
 
-def cycle_strengths(probs):
+def cycle_strengths(probs: np.ndarray) -> np.ndarray:
     """For every three of K responses the probability with which the weakest step of their cycle is won, in the
     direction in which that is larger: above 1/2 they are a cycle.
 
@@ -45,7 +47,7 @@ def cycle_strengths(probs):
     )
 
 
-def log_odds(probs):
+def log_odds(probs: np.ndarray) -> tuple:
     """(log-odds of every two of K responses, those of the Bradley-Terry model nearest to them), each (K (K - 1) /
     2,)."""
     clipped = np.clip(probs, CLIP, 1 - CLIP)
@@ -55,73 +57,128 @@ def log_odds(probs):
     return odds[pairs], (scores[:, None] - scores)[pairs]
 
 
-def measure(records, margin, seed=0, num_bootstrap=1_000):
+def measure_prompt(record, probs, margin):
+    """The figures of one prompt that are summed over prompts, its cycle strengths (T,) and its log-odds (N, 2)."""
+    if type(record.get("order_gap")) not in (int, float):
+        raise StageError(
+            f"prompt_id {record['prompt_id']}: order_gap should be a number, got {record.get('order_gap')}; "
+            "scoring.py writes it"
+        )
+    strengths, (judged, fitted) = cycle_strengths(probs), log_odds(probs)
+    sums = {
+        "prompts": 1,
+        "order_gap": record["order_gap"],
+        "triples": len(strengths),
+        "cyclic": (strengths > 0.5).sum(),
+        "cyclic_with_margin": (strengths > 0.5 + margin).sum(),
+        "squares": (judged**2).sum(),
+        "rest": ((judged - fitted) ** 2).sum(),
+    }
+    return sums, strengths, np.stack([judged, fitted], axis=1)
+
+
+SHARES = {  # the name of a figure: the two sums over prompts whose ratio it is
+    "cyclic_triples": ("cyclic", "triples"),
+    "cyclic_triples_with_margin": ("cyclic_with_margin", "triples"),
+    "cyclic_part": ("rest", "squares"),
+    "order_gap": ("order_gap", "prompts"),
+}
+
+
+def measure(records, margin: float, seed: int = 0, num_bootstrap: int = 1_000) -> tuple:
     """The figures of a judge from the records of a scores file.
 
     Shares are of all triples, and of the sum of squared log-odds, over all prompts together; prompts with fewer than
-    three different responses do not count. Intervals are 95 % percentile bootstrap intervals over prompts.
+    three different responses do not count. Intervals are 95 % bootstrap intervals over prompts.
 
     Args:
         records: scores records
         margin: with it, each step of a cycle is won with more than 1/2 + margin
 
     Returns:
-        The figures that `main` writes, and what its picture shows: the cycle strength of every triple, and a
-        pair of log-odds (the judge's, Bradley-Terry's) for every two responses.
+        The figures that `main` writes, and what its picture shows: the cycle strength of every triple (T,), and a
+        pair of log-odds (the judge's, Bradley-Terry's) for every two responses (N, 2).
+
+    Raises StageError where there is nothing to measure.
     """
-    rows, strengths, odds = [], [], []
-    num_prompts = 0
+    measured, num_prompts = [], 0
     for record in records:
         num_prompts += 1
         probs = distinct(record)
-        if len(probs) < 3:
-            continue
-        if type(record.get("order_gap")) not in (int, float):
-            raise StageError(
-                f"prompt_id {record['prompt_id']}: order_gap should be a number, got {record.get('order_gap')}; "
-                "scoring.py writes it"
-            )
-        own, (judged, fitted) = cycle_strengths(probs), log_odds(probs)
-        rows.append(
-            [
-                len(own),
-                (own > 0.5).sum(),
-                (own > 0.5 + margin).sum(),
-                (judged**2).sum(),
-                ((judged - fitted) ** 2).sum(),
-                1,
-                record["order_gap"],
-            ]
-        )
-        strengths.append(own)
-        odds.append(np.stack([judged, fitted], axis=1))
-    if not rows:
+        if len(probs) >= 3:
+            measured.append(measure_prompt(record, probs, margin))
+    if not measured:
         raise StageError(
             "no prompt has three different responses that were compared; sample more (sampling.py --num_samples)"
         )
-    rows = np.array(
-        rows, dtype=float
-    )  # a prompt: triples, cyclic, with margin; squared log-odds, their rest; 1, order gap
-    if not rows[:, 3].any():
+    rows, strengths, odds = zip(*measured)
+    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}  # each (prompts,)
+    if not columns["squares"].any():
         raise StageError("the judge gives 1/2 to all; it has no preference that could be cyclic")
-    parts, wholes = [1, 2, 4, 6], [0, 0, 3, 5]
-    generator = np.random.default_rng(derive_seed("intransitivity", seed))
-    share = np.full(len(rows), 1 / len(rows))
-    drawn = np.array([generator.multinomial(len(rows), share) @ rows for _ in range(num_bootstrap)])
-    with np.errstate(invalid="ignore"):  # a draw of prompts without any preference
-        low, high = np.nanpercentile(drawn[:, parts] / drawn[:, wholes], [2.5, 97.5], axis=0).tolist()
-    values = rows.sum(axis=0)[parts] / rows.sum(axis=0)[wholes]
+    draws = dict(zip(columns, resampled_means([*columns.values()], "intransitivity", seed, num_bootstrap)))
     figures = {
         "num_prompts": len(rows),
         "num_left_out": num_prompts - len(rows),
-        "num_triples": int(rows[:, 0].sum()),
+        "num_triples": int(columns["triples"].sum()),
         "margin": margin,
     }
-    for name, value, *bounds in zip(
-        ("cyclic_triples", "cyclic_triples_with_margin", "cyclic_part", "order_gap"), values.tolist(), low, high
-    ):
-        figures |= {name: value, f"{name}_interval": bounds}
+    for name, (part, whole) in SHARES.items():
+        figures[name] = float(columns[part].sum() / columns[whole].sum())
+        with np.errstate(invalid="ignore"):  # a draw of prompts without any preference has no cyclic part
+            figures[f"{name}_interval"] = interval(draws[part] / draws[whole]).tolist()
     return figures, np.concatenate(strengths), np.concatenate(odds)
+
+
+def draw(figures: dict, strengths: np.ndarray, odds: np.ndarray) -> str:
+    """The SVG file: how strong the cycles of three are, and the judge's log-odds against Bradley-Terry's.
+
+    Args:
+        figures, strengths (T,), odds (N, 2): see `measure`
+    """
+    from matplotlib.figure import Figure
+
+    with plot_style("intransitivity"):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw_cycles(left, figures, strengths)
+        draw_log_odds(right, figures, odds)
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.title.set_fontsize(9.5)
+        return svg_file(figure)
+
+
+def draw_cycles(axes, figures, strengths):
+    """The histogram of cycle strengths, those of cycles in red."""
+    _, bins, bars = axes.hist(strengths, bins=np.linspace(0, 1, 41), color=COLOURS[0])
+    for edge, bar in zip(bins, bars):
+        if edge >= 0.5 - 1e-9:
+            bar.set_color(COLOURS[1])
+    axes.axvline(0.5 + figures["margin"], color="#5c6166", linewidth=1, linestyle=(0, (4, 2)))
+    axes.set(
+        xlabel="probability of the weakest step of the cycle",
+        ylabel="triples of responses",
+        xlim=(0, 1),
+        title=f"{100 * figures['cyclic_triples']:.1f} % are cycles (red), "
+        f"{100 * figures['cyclic_triples_with_margin']:.1f} % beyond the margin",
+    )
+
+
+def draw_log_odds(axes, figures, odds):
+    """The judge's log-odds against those of the nearest Bradley-Terry model, and the line where they are equal."""
+    from matplotlib.colors import LogNorm
+
+    odds = np.where(odds[:, 1:] < 0, -odds, odds)  # each pair in the direction that Bradley-Terry prefers
+    limit = odds.max()
+    look = dict(gridsize=40, mincnt=1, norm=LogNorm(), cmap="Blues", edgecolors="#8fb3c4", linewidths=0.3)
+    found = axes.hexbin(odds[:, 1], odds[:, 0], **look)
+    axes.plot([0, limit], [0, limit], color=COLOURS[1], linewidth=1)
+    axes.set(
+        xlabel="log-odds of the nearest Bradley-Terry model",
+        ylabel="the judge's log-odds",
+        title=f"{100 * figures['cyclic_part']:.1f} % of the squares are not explained",
+    )
+    axes.figure.colorbar(found, ax=axes, label="pairs of responses")
 
 
 def main(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
@@ -129,8 +186,8 @@ def main(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
 
     Written: num_prompts, num_left_out (fewer than three different responses), num_triples; each with its 95 % interval
     over prompts cyclic_triples, the share of triples in which each response beats the next, cyclic_triples_with_margin,
-    cyclic_part, the share of the squared log-odds that no Bradley-Terry score explains, and order_gap, how much the
-    judge disagrees with itself when the two responses change places.
+    cyclic_part, the share of the squared log-odds that no Bradley-Terry score explains, and order_gap, the position
+    bias: how much the judge disagrees with itself when the two responses change places.
 
     Args:
         input: scores file(s) of scoring.py, comma-separated, with three samples a prompt or more
@@ -147,15 +204,14 @@ def main(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
         raise StageError(f"--margin should be at least 0 and less than 0.5, got {margin}")
     records = itertools.chain.from_iterable(read_scores(path) for path in paths)
     figures, strengths, odds = measure(records, margin, seed)
-    from analysis.plots import draw_intransitivity
-
-    write_text(target.with_suffix(".svg"), draw_intransitivity(figures, strengths, odds))
+    write_text(target.with_suffix(".svg"), draw(figures, strengths, odds))
     write_text(target, json.dumps({"input": list(map(str, paths))} | figures, indent=2) + "\n")
     print_figures(figures)
     log.info("%s and its picture beside it (.svg): written", target)
 
 
-def print_figures(figures):
+def print_figures(figures: dict):
+    """Print the figures with their intervals, and whether the judge is intransitive."""
     margin = f"{100 * (0.5 + figures['margin']):g} %"
     print(
         f"\n{figures['num_prompts']:,} prompts, {figures['num_triples']:,} triples of different responses "
@@ -165,7 +221,7 @@ def print_figures(figures):
         ("cyclic_triples", "cyclic triples, %", "each beats the next; 25 % where a coin decides"),
         ("cyclic_triples_with_margin", "  with a margin, %", f"each beats the next with more than {margin}"),
         ("cyclic_part", "cyclic part of the log-odds, %", "what no Bradley-Terry score explains, of the squares"),
-        ("order_gap", "position disagreement, %", "between P(first beats second) in the two orders, the mean"),
+        ("order_gap", "position bias, %", "mean difference of P(first beats second) between the two orders"),
     ):
         low, high = figures[f"{name}_interval"]
         print(f"{label:32}{100 * figures[name]:7.2f}   [{100 * low:.2f}, {100 * high:.2f}]   {note}")

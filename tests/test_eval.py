@@ -1,21 +1,18 @@
-"""eval.py: win rates, their intervals, and joining responses; and the duality gap of the demo's game.
+"""eval.py and what it leans on in analysis/: joining responses, win rates with their intervals, the matrix.
 
 python -m pytest tests/test_eval.py
 """
 
 import json
-import os
 from pathlib import Path
 
-import game
 import numpy as np
 import pytest
 from conftest import LengthJudge
-from game import PREFERENCE, START
 
 import eval
-from analysis.nash import duality_gap
-from eval import join_responses, play, short_names, summarise
+from analysis.comparisons import join_responses, summarise, wins
+from analysis.matrix import play, short_names
 from judges import base as judges
 from utils import StageError, read_jsonl
 
@@ -84,6 +81,11 @@ def test_summarise_interval_depends_on_the_seed_alone():
 
 def test_summarise_is_json():
     assert json.loads(json.dumps(summarise([comparison(0.5)], num_bootstrap=2), allow_nan=False))["num_prompts"] == 1
+
+
+def test_only_exactly_one_half_is_a_tie():
+    probs = np.array([0.0, np.nextafter(0.5, 0), 0.5, np.nextafter(0.5, 1), 1.0])
+    assert wins(probs).tolist() == [0, 0, 0.5, 1, 1]
 
 
 # ---- join_responses and compare ----
@@ -226,52 +228,3 @@ def test_matrix_refuses(some_model, jsonl, flags, message):
     files = ",".join(str(jsonl(name, response("p", "p"))) for name in ("x.jsonl", "y.jsonl"))
     with pytest.raises(StageError, match=message):
         eval.matrix(**{"responses": files, "output": "m.json", "judge": some_model, "gpus": "none"} | flags)
-
-
-# ---- The demo's game ----
-
-
-def test_preference_of_the_game_is_zero_sum():
-    for i in range(3):
-        for j in range(3):
-            assert PREFERENCE[i][j] + PREFERENCE[j][i] == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    "policy, gap",
-    [
-        (
-            (4 / 11, 3 / 11, 4 / 11),
-            0,
-        ),  # against it each answer wins 1/2, e.g. the sea: (0.9 * 4 + 0.5 * 3 + 0.1 * 4)/11
-        ((1, 0, 0), 0.8),  # the best reply is the sea, which wins 0.9: 2 * 0.4
-        ((0, 0, 1), 0.6),  # the mountains, 0.8: 2 * 0.3
-        (START, 0.56),  # the sea: 0.9 * 0.8 + 0.5 * 0.1 + 0.1 * 0.1 = 0.78: 2 * 0.28
-    ],
-)
-def test_duality_gap_values(policy, gap):
-    assert duality_gap(policy, PREFERENCE) == pytest.approx(gap, abs=1e-12)
-
-
-def test_the_demos_table_keeps_rows_of_checkpoints_whose_weights_are_gone(tmp_path, monkeypatch):
-    measured = []
-
-    def describe(checkpoint):
-        measured.append(Path(checkpoint).parent.name if Path(checkpoint).name == "ckpt" else "start")
-        return {"distribution": [1, 0, 0], "other": 0, "duality_gap": 0.8}
-
-    monkeypatch.setattr(game, "describe", describe)
-    for i in range(2):
-        (tmp_path / f"iter{i}/ckpt/model").mkdir(parents=True)
-        (tmp_path / f"iter{i}/ckpt/DONE").touch()
-        os.utime(tmp_path / f"iter{i}/ckpt/DONE", (1000 * i,) * 2)
-        game.table(str(tmp_path), "models/policy")
-        os.utime(tmp_path / "game.json", (1000 * i + 500,) * 2)
-    assert measured == ["start", "iter0", "iter1"]
-    (tmp_path / "iter0/ckpt/model").rmdir()
-    (tmp_path / "iter1/eval").mkdir()
-    (tmp_path / "iter1/eval/vs_start.json").write_text('{"mean_win_prob": 0.75}')  # now, later than the table
-    game.table(str(tmp_path), "models/policy")
-    assert measured == ["start", "iter0", "iter1"]  # nothing anew
-    rows = json.loads((tmp_path / "game.json").read_text())
-    assert [row["iteration"] for row in rows] == ["start", 0, 1] and rows[2]["win_prob"] == [0.75, None]

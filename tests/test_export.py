@@ -1,4 +1,4 @@
-"""Exports: AlpacaEval's outputs, data sets, checkpoints with a card.
+"""Exports: AlpacaEval's outputs, and checkpoints with a card.
 
 python -m pytest tests/test_export.py
 """
@@ -9,17 +9,6 @@ import pytest
 
 from analysis.export import main as export
 from utils import StageError
-
-PAIR = {
-    "prompt_id": "1",
-    "prompt": [{"role": "user", "content": "x\u2028"}],
-    "chosen": [{"role": "assistant", "content": "a"}],
-    "rejected": [{"role": "assistant", "content": "b"}],
-    "prompt_token_ids": [1, 2],
-    "chosen_token_ids": [3],
-    "rejected_token_ids": [4, 5],
-    "win_prob": 0.75,
-}
 
 
 def test_alpaca_eval_outputs(jsonl, tmp_path):
@@ -32,19 +21,6 @@ def test_alpaca_eval_outputs(jsonl, tmp_path):
     ]
 
 
-def test_hf_loads_as_a_data_set_with_all_columns(jsonl, tmp_path):
-    from datasets import load_dataset
-
-    files = [
-        jsonl("train.pairs.jsonl", PAIR, PAIR | {"prompt_id": "2", "win_prob": 1.0}),
-        jsonl("test.pairs.jsonl", PAIR),
-    ]
-    export("hf", ",".join(map(str, files)), str(tmp_path / "out"))
-    loaded = load_dataset(str(tmp_path / "out"))
-    assert {split: rows.num_rows for split, rows in loaded.items()} == {"train": 2, "test": 1}
-    assert loaded["train"][0] == PAIR and loaded["train"][1]["win_prob"] == 1.0
-
-
 @pytest.fixture
 def checkpoint(some_model, tmp_path):
     """A finished iteration's checkpoint, with the files that a card is made from."""
@@ -55,7 +31,7 @@ def checkpoint(some_model, tmp_path):
     (iteration / "eval").mkdir()
     (iteration / "ckpt/training.json").write_text(json.dumps({"loss": "inpo", "eta": 0.002, "tokenizer": ""}))
     (iteration.parent / "run.json").write_text(
-        json.dumps({"METHOD": "comal", "MODEL": "owner/base", "JUDGE": "owner/judge"})
+        json.dumps({"METHOD": "comal", "METHOD_TITLE": "COMAL", "MODEL": "owner/base", "JUDGE": "owner/judge"})
     )
     (iteration / "eval/vs_start.json").write_text(
         json.dumps(
@@ -78,8 +54,9 @@ def test_hub_writes_the_model_and_a_card_that_the_hub_can_read(checkpoint, some_
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.base_model == "owner/base" and card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation" and "comal" in card.data.tags
     assert "# run iter3" in card.text and "`METHOD=comal`" in card.text and "`owner/judge`" in card.text
-    assert "| start | 62.5 % [59.0, 66.0] | 0.600 | 805 | 300, 250 |" in card.text
+    assert "| the initial policy | 62.5 % [59.0, 66.0] | 0.600 | 805 | 300, 250 |" in card.text
     assert "| `eta` | `0.002` |" in card.text and "tokenizer" not in card.text
 
 
@@ -94,21 +71,14 @@ def test_hub_of_a_checkpoint_alone_has_a_card_without_results(some_model, tmp_pa
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"format": "csv"}, "--format should be one of alpaca_eval, hf, hub"),
-        ({"format": "alpaca_eval", "input": "a,b"}, "takes one --input, got 2"),
+        ({"format": "csv"}, "--format should be one of alpaca_eval, hub"),
+        ({"format": "alpaca_eval", "input": "a,b"}, "a,b does not exist"),
         ({"format": "alpaca_eval", "input": "none.jsonl"}, "none.jsonl does not exist"),
         ({"format": "hub", "input": "no/such/model"}, "no such directory"),
-        ({"format": "hf", "output": "."}, "exists; remove it or give another name"),
+        ({"format": "hub", "output": "."}, "exists; remove it or give another name"),
     ],
 )
 def test_export_refuses(tmp_path, flags, message):
     with pytest.raises(StageError, match=message):
         export(**{"input": "x", "output": str(tmp_path / "out")} | flags)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_hf_refuses_what_is_not_pairs(jsonl, tmp_path):
-    source = jsonl("train.pairs.jsonl", {"prompt": "text", "chosen": [], "rejected": []})
-    with pytest.raises(StageError, match="field 'prompt' should be list"):
-        export("hf", str(source), str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_bad_input import CHAT, DATA, END, PAIR, SAMPLES, SCORES, TEXTS, VOCABULARY, ids, message, sample
 
 import data_processing
-from eval import join_responses
+from analysis.comparisons import join_responses
 from training.datasets import ChatDataset, PairDataset, UnscoredPairDataset
 from utils import StageError, check_input, read_prompts, read_samples, read_scores
 

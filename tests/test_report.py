@@ -1,4 +1,4 @@
-"""report.py: the figures of a small experiment made by hand, missing and torn files, several experiments, the pages.
+"""The report: the figures of a small experiment made by hand, missing and torn files, several experiments, the pages.
 
 python -m pytest tests/test_report.py
 """
@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis import plots, report
-from analysis.report import comparison_rows, training_figures, write_report
+from analysis import figures, page, plots, report
+from analysis.contents import Line
+from analysis.experiment import read_experiment, read_responses
+from analysis.figures import Files, comparison_rows, read_cache, training_figures, write_cache
+from analysis.report import write_report
 from utils import StageError
 
 MODEL = "models/start"
@@ -86,7 +89,7 @@ def experiment(tmp_path):
 
 
 def make_experiment(path):
-    """Two iterations, a round each; the reference moves behind the first, the second is complete too."""
+    """Two iterations, a round each; the reference moves after the first, the second is complete too."""
     write_json(
         path / "run.json",
         {"METHOD": "comal", "MODEL": MODEL, "JUDGE": "judge", "SPLITS": "1", "ROUNDS": "3", "ETA": "0.002", "FROM": ""},
@@ -191,24 +194,28 @@ def test_summary_has_the_figures_computed_by_hand(experiment):
 
 
 def test_headline_shows_the_last_evaluated_iteration(experiment):
-    text = report.experiment_html(*write_data_only([experiment]))
-    for expected in (
-        "2 of 3 iterations finished",
-        "Iteration 1, the last one evaluated",
-        "70.0 %",
-        "60.0 to 80.0",
-        "55.0 %",
-        "0.400",
-        "2.50",
-        "+20.0 %",
-    ):
-        assert expected in text
+    (found,) = read([experiment])
+    top = page.top(found)
+    assert top["progress"].startswith("2 of 3 iterations have finished") and top["last_evaluated"] == 1
+    assert [value for _, value, _ in top["cards"]] == ["70.0 %", "55.0 %", "0.400", "2.50", "+20.0 %"]
+    assert "60.0 to 80.0" in top["cards"][0][2]
+    assert "2 (max P − ½)" in top["cards"][2][2]  # the gap's definition stands where it is first shown
+
+
+def test_iterations_and_title_come_from_the_settings(experiment):
+    settings = json.loads((experiment / "run.json").read_text())
+    write_json(experiment / "run.json", settings | {"ITERATIONS": "2", "METHOD_TITLE": "A method"})
+    (found,) = read([experiment])
+    assert found["state"]["total"] == 2 and page.top(found)["facts"][0] == ("method", "A method")
+    write_json(experiment / "run.json", settings)  # of a version that did not write them
+    (found,) = read([experiment])
+    assert found["state"]["total"] == 3 and page.top(found)["facts"][0] == ("method", "comal")
 
 
 def test_training_curve_is_thinned_to_means():
     # 80 steps in 40 points: the first is the mean of margins 1 and 2, at step 2.
     found = training_figures(step(number, 0.0, margin=float(number)) for number in range(1, 81))
-    assert len(found["steps"]) == report.STEP_POINTS == 40
+    assert len(found["steps"]) == figures.STEP_POINTS == 40
     assert (found["steps"][0]["step"], found["steps"][0]["margin"]) == (2, 1.5)
 
 
@@ -219,7 +226,7 @@ def test_training_that_goes_on_fills_its_part_of_the_iteration(experiment):
     assert found["steps"][-1]["iteration"] == 1.25  # step 5 of the 20 that iteration 0 had
 
 
-def test_fork_begins_behind_its_origin(experiment):
+def test_fork_begins_after_its_origin(experiment):
     fork = make_experiment(experiment.parent / "fork")
     for number in (1, 0):
         (fork / f"iter{number}").rename(fork / f"iter{number + 1}")
@@ -247,20 +254,31 @@ def test_every_file_may_be_missing(experiment):
         path.unlink()
     index = write_report([experiment])
     text = text_of(index)
-    assert "Duality gap: no game.json" in text
+    assert "Duality gap: There is no game.json" in text
     assert "<svg" not in index.read_text().partition("Skipped records")[0]  # nothing is shown empty
+
+
+def read(paths):
+    """The experiments as they go into the pages."""
+    kept = read_cache(paths[0] / "report" / "cache.json")
+    found = [read_experiment(path, Files(kept)) for path in paths]
+    report.name_apart(found)
+    return found
 
 
 def write_data_only(paths):
     """All of a report but its plots, which take most of the time."""
-    files = report.Files(paths[0] / "report" / "cache.json")
-    found = [report.read_experiment(path, files) for path in paths]
-    report.name_apart(found)
-    for experiment in found:
-        report.experiment_html(experiment)
-        report.responses_html([experiment], [report.read_responses(experiment["path"], files, experiment, 40)])
-    report.iterations_table(found)
+    found = read(paths)
+    write_pages_without_plots(found)
     return found
+
+
+def write_pages_without_plots(experiments):
+    """(the report's page, the page of responses)"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "sections", lambda experiments: [])
+        index = page.index_html(experiments)
+    return index, page.responses_html(experiments, [read_responses(experiment, 40) for experiment in experiments])
 
 
 def test_torn_last_line_of_metrics_is_left_out(experiment):
@@ -305,7 +323,7 @@ def test_iteration_without_evaluation_is_passed_over(experiment):
 def test_no_line_goes_across_a_missing_iteration(experiment):
     shutil.move(experiment / "iter1", experiment / "iter3")
     (found,) = write_data_only([experiment])
-    xs, ys, _ = plots.series(plots.Line("", "win_rate_start"), found, 1)
+    xs, ys, _ = plots.series(Line("", "win_rate_start"), found, 1)
     assert xs == [0, 2.5, 3]
     assert ys[0] == 0.6 and math.isnan(ys[1]) and ys[2] == 0.7
 
@@ -375,21 +393,18 @@ def test_pages_load_nothing_and_escape_text(experiment):
         assert source.count("url(") == source.count("url(#")
     text = text_of(index.with_name("responses.html"))
     assert "<script>alert(1)</script>" in text and "<b>new</b> & more" in text
-    assert "current beats this with 75 %" in text and "current beats this with 25 %" in text
+    assert "with 75 %" in text and "with 25 %" in text
     assert Page(index.read_text()).tags.count("svg") == 17  # all plots
 
 
 def test_settings_are_escaped(experiment):
     write_json(experiment / "run.json", {"METHOD": "<i>x</i>", "MODEL": "<script>", "<u>": "y"})
-    found = write_data_only([experiment])
-    source = report.experiment_html(found[0]) + report.settings_table(found)
+    source, _ = write_pages_without_plots(read([experiment]))
     assert "&lt;script&gt;" in source and not any(tag in source for tag in ("<script>", "<i>x", "<u>"))
 
 
 def test_responses_are_the_first_ones(experiment):
-    files = report.Files(experiment / "cache.json")
-    found = report.read_experiment(experiment, files)
-    (row,) = report.read_responses(experiment, files, found, num_prompts=1)
+    (row,) = read_responses(*read([experiment]), num_prompts=1)
     assert (row["start"]["text"], row["previous"]["text"], row["current"]["text"]) == (
         "old",
         "before",
@@ -406,12 +421,13 @@ def test_two_experiments_are_laid_over_each_other(experiment, tmp_path):
     assert index == tmp_path / "out" / "index.html"
     assert [found["name"] for found in summary_of(index)] == ["first", "second"]
     source = index.read_text()
-    figure = source[source.index("<figure><h3>Win rate against the start") :].partition("</figure>")[0]
+    figure = source[source.index("<h3>Win rate against the initial policy") :].partition("</figure>")[0]
     assert "first" in figure and "second" in figure
     assert all(figure.count(f"stroke: {colour}") >= 2 for colour in plots.COLOURS[:2])
     settings = source[source.index("<h2>Settings") :]
-    assert '<tr class="differs"><th class="first">METHOD' in settings
-    assert '<tr><th class="first">MODEL' in settings
+    rows = {row["name"]: row["differs"] for row in page.settings_rows(summary_of(index))}
+    assert rows["METHOD"] and not rows["MODEL"]
+    assert settings.count('<tr class="differs">') == sum(rows.values())
 
 
 def test_experiments_of_one_name_are_told_apart(experiment, tmp_path):
@@ -424,23 +440,27 @@ def test_experiments_of_one_name_are_told_apart(experiment, tmp_path):
 
 def test_unchanged_files_are_not_read_again(experiment, monkeypatch):
     read = []
-    whole_records = report.whole_records
+    whole_records = figures.whole_records
 
     def noted(path, damage):
         read.append(path)
         return whole_records(path, damage)
 
-    monkeypatch.setattr(report, "whole_records", noted)
+    monkeypatch.setattr(figures, "whole_records", noted)
     monkeypatch.setattr(report, "index_html", lambda experiments: "")  # drawing takes a second
+    comparisons = [experiment / "iter1" / "eval" / f"vs_{name}.jsonl" for name in ("start", "previous")]
     first = summary_of(write_report([experiment]))
-    assert len(read) == 23  # nine an iteration; the start policy's and their pairs; one listing; two comparisons
+    assert (
+        len(read) == 23
+    )  # nine for each iteration; the initial policy's and their pairs; one listing; two comparisons
     read.clear()
     assert summary_of(write_report([experiment])) == first
-    assert read == []
+    assert read == comparisons  # of which the first records alone are read, for the page of responses
+    read.clear()
     changed = experiment / "iter0" / "train.samples.jsonl"
     write_jsonl(changed, {"prompt_id": "a", "samples": [sample("x", 10)]})
     (found,) = summary_of(write_report([experiment]))
-    assert read == [changed]
+    assert read == [changed, *comparisons]
     assert found["iterations"][0]["sample_tokens"] == pytest.approx(16 / 3)
 
 
@@ -454,9 +474,10 @@ def test_same_size_and_another_time_is_a_change(experiment):
 
 
 def write_data_and_cache(experiment):
-    files = report.Files(experiment / "report" / "cache.json")
-    found = report.read_experiment(experiment, files)
-    files.save()
+    cache = experiment / "report" / "cache.json"
+    files = Files(read_cache(cache))
+    found = read_experiment(experiment, files)
+    write_cache(cache, [files])
     return found["iterations"][0]["order_gap"]
 
 

@@ -1,0 +1,126 @@
+"""Comparisons of two sets of responses to the same prompts: the judge's jobs, and the summary of what it found.
+
+eval.py and scoring.py share this. A comparison file has one line for each prompt:
+    prompt_id, prompt
+    samples        list of two {text, ...}: the response, the baseline's response
+    win_probs      2 x 2 as in scoring.py; [0][1] = P(response beats baseline's)
+    order_gap, label_mass
+Beside it stands a file of the same name that ends in .json, the summary: see `summarise`.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from analysis.bootstrap import interval, resampled_means
+from judges.base import JudgeConfig, judge_figures, judge_files
+from utils import StageError, log, read_jsonl, write_text
+
+RESPONSE_FIELDS = {"prompt_id": str, "prompt": str, "samples": list}
+
+
+def read_responses(path: Path) -> Iterator[dict]:
+    """Yield the records of a responses file, ours or another's; raises StageError for one without a response."""
+    for record in read_jsonl(path, RESPONSE_FIELDS):
+        sample = record["samples"][0] if record["samples"] else None
+        if not (isinstance(sample, dict) and isinstance(sample.get("text"), str)):
+            raise StageError(
+                f"{path}: prompt_id {record['prompt_id']} has no response: samples[0] should be {{text, ...}}"
+            )
+        yield record
+
+
+def join_responses(responses_path: Path, baseline_path: Path) -> Iterator[dict]:
+    """Yield {prompt_id, prompt, samples: [response, baseline's]} for two files of responses to the same prompts.
+
+    Raises StageError when one of them answers a prompt that the other does not.
+    """
+    baseline = {record["prompt_id"]: record for record in read_responses(baseline_path)}
+    missing = []
+    for record in read_responses(responses_path):
+        other = baseline.pop(record["prompt_id"], None)
+        if other is None:
+            missing.append(record["prompt_id"])
+        elif record["prompt"] != other["prompt"]:
+            raise StageError(
+                f"{responses_path} and {baseline_path} have different prompts under prompt_id {record['prompt_id']}"
+            )
+        else:
+            yield {
+                "prompt_id": record["prompt_id"],
+                "prompt": record["prompt"],
+                "samples": [record["samples"][0], other["samples"][0]],
+            }
+    for path, ids in ((baseline_path, missing), (responses_path, list(baseline))):
+        if ids:
+            raise StageError(
+                f"{path} has no response to {len(ids)} prompts of the other file, first " + ", ".join(ids[:10])
+            )
+
+
+def comparison_jobs(files: list) -> list:
+    """Jobs of `judges.judge_files` that judge (responses, baseline, output) files.
+
+    Raises StageError for an output that its own summary would replace.
+    """
+    for _, _, path in files:
+        if path.suffix == ".json":
+            raise StageError(f"{path}: the summary goes to a file of that name; end it in .jsonl")
+    return [(partial(join_responses, ours, theirs), target) for ours, theirs, target in files]
+
+
+def judge_responses(files: list, config: JudgeConfig, seed: int):
+    """Judge (responses, baseline, output) files with one start of the judge; write the outputs and their summaries."""
+    judge_files(comparison_jobs(files), config, "comparing")
+    write_summaries(files, seed)
+
+
+def write_summaries(files: list, seed: int = 0):
+    """Write and log the summary of each of (responses, baseline, output) files, beside the output."""
+    for ours, theirs, path in files:
+        summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(list(read_jsonl(path)), seed)
+        write_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
+        log.info(
+            "%s against %s: win rate %.1f %% [%.1f, %.1f], mean probability %.3f, %d prompts, %d ties",
+            ours,
+            theirs,
+            *(100 * value for value in (summary["win_rate"], *summary["win_rate_interval"])),
+            summary["mean_win_prob"],
+            summary["num_prompts"],
+            summary["num_ties"],
+        )
+
+
+def wins(win_probs: np.ndarray) -> np.ndarray:
+    """1 where a prompt is won, which is a probability above 1/2, and 1/2 for a tie, which is exactly 1/2; else 0."""
+    return (win_probs > 0.5) + 0.5 * (win_probs == 0.5)
+
+
+def summarise(comparisons: list, seed: int = 0, num_bootstrap: int = 10_000) -> dict:
+    """Figures of one comparison, with 95 % bootstrap intervals over prompts; `wins` says what a win is.
+
+    Returns:
+        num_prompts, num_ties, win_rate, win_rate_interval, mean_win_prob, mean_win_prob_interval, order_gap,
+        label_mass, mean_tokens and mean_characters ([response, baseline's]).
+    """
+    probs = np.array([record["win_probs"][0][1] for record in comparisons])  # (N,)
+    won = wins(probs)
+    low, high = interval(resampled_means([won, probs], "bootstrap", seed, num_bootstrap, by_prompt=True)).tolist()
+    sides = list(zip(*(record["samples"] for record in comparisons)))
+    return {
+        "num_prompts": len(probs),
+        "num_ties": int((won == 0.5).sum()),
+        "win_rate": float(won.mean()),
+        "win_rate_interval": [low[0], high[0]],
+        "mean_win_prob": float(probs.mean()),
+        "mean_win_prob_interval": [low[1], high[1]],
+        **judge_figures(comparisons),
+        "mean_tokens": [
+            sum(len(s["token_ids"]) for s in side) / len(side) if all("token_ids" in s for s in side) else None
+            for side in sides
+        ],  # responses of other systems may have no token ids
+        "mean_characters": [sum(len(s["text"]) for s in side) / len(side) for side in sides],
+    }
