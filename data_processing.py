@@ -6,8 +6,8 @@
     python data_processing.py import_pairs --output pairs.jsonl --dataset trl-lib/ultrafeedback_binarized
 
 `make_pairs` writes one pair a prompt, in TRL's conversational preference format with what training needs beside it;
-`make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl`; `make_sft` writes
-chats for mle.py; `import_pairs` writes pairs of text alone, for get_logprobs.py. records.py has the fields of each file.
+`make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl`; `make_sft`
+writes chats for mle.py; `import_pairs` writes pairs of text alone, for get_logprobs.py. records.py has all fields.
 """
 
 import hashlib

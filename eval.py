@@ -20,15 +20,14 @@ from pathlib import Path
 from analysis.comparisons import judge_responses
 from analysis.matrix import MEASURES, cell_paths, draw_matrix, play, print_matrix, short_names, win_probs_by_prompt
 from judges.base import JudgeConfig
+from records import Prompt, read, writer
 from utils import (
     StageError,
     check_at_least,
-    check_output_file,
+    check_output,
     file_lists,
     first_line,
-    jsonl_writer,
     log,
-    read_prompts,
     run,
     split_list,
     write_text,
@@ -54,7 +53,7 @@ def alpaca_eval(output: str):
         ) from None
     with open(source, encoding="utf-8") as file:
         rows = json.load(file)
-    with jsonl_writer(output) as write:
+    with writer(output, Prompt) as write:
         for number, row in enumerate(rows):
             write({"prompt_id": f"alpaca_eval-{number}", "prompt": row["instruction"], "dataset": row["dataset"]})
 
@@ -68,7 +67,7 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
         temperature: sampling temperature
     """
     check_at_least(0, temperature=temperature)
-    check_output_file("output", output)
+    check_output("output", output)
     if not input:
         input = str(Path(output).with_name("alpaca_eval.jsonl"))
         if not Path(input).exists():
@@ -77,7 +76,7 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
     config = SamplerConfig(**sampler)
     make_work = partial(Sampler, config, num_samples=[1], temperature=[temperature])
     made_with = config.made_with() | {"num_samples": 1, "temperature": temperature}
-    map_files([(partial(read_prompts, source), target, made_with)], make_work, config, "responses")
+    map_files([(partial(read, source, Prompt), target, made_with)], make_work, config, "responses")
 
 
 def compare(responses: str, baseline: str, output: str, seed: int = 0, **judge: JudgeConfig):

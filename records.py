@@ -139,6 +139,10 @@ class Chat(TypedDict):
     weight: NotRequired[Annotated[float, Meta(ge=0, lt=1e30)]]  # of the example in the loss; default 1
 
 
+class Record(TypedDict):
+    """Any record, for readers that take what they find, as the report does with files that may be unfinished."""
+
+
 class SkippedPrompt(TypedDict):
     """A record that a stage left out, and why (<output>.skipped.jsonl)."""
 

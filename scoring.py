@@ -21,7 +21,8 @@ from functools import partial
 
 from analysis.comparisons import comparison_jobs, write_summaries
 from judges.base import JudgeConfig, judge_figures, judge_files
-from utils import file_lists, log, read_jsonl, read_samples, run
+from records import Samples, Scores, read
+from utils import file_lists, log, run
 
 
 def main(input: str, output: str, responses: str = "", baseline: str = "", compared: str = "", **judge: JudgeConfig):
@@ -37,10 +38,10 @@ def main(input: str, output: str, responses: str = "", baseline: str = "", compa
     inputs, outputs = file_lists(input=input, output=output)
     comparisons = list(zip(*file_lists(responses=responses, baseline=baseline, compared=compared))) if responses else []
     config = JudgeConfig(**judge)
-    jobs = [(partial(read_samples, path), target) for path, target in zip(inputs, outputs)]
+    jobs = [(partial(read, path, Samples), target) for path, target in zip(inputs, outputs)]
     judge_files(jobs + comparison_jobs(comparisons), config, "scoring")
     write_summaries(comparisons)
-    figures = judge_figures(record for path in outputs for record in read_jsonl(path))
+    figures = judge_figures(record for path in outputs for record in read(path, Scores))
     if figures["label_mass"] is not None and "bt-mixture" not in config.judge_type:  # reward models have no labels
         log.info(
             "the judge's position bias is %(order_gap).3f (the mean difference between its two orders); it puts "

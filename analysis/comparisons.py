@@ -1,10 +1,8 @@
 """Comparisons of two sets of responses to the same prompts: the judge's jobs, and the summary of what it found.
 
-eval.py and scoring.py share this. A comparison file has one line for each prompt:
-    prompt_id, prompt
-    samples        list of two {text, ...}: the response, the baseline's response
-    win_probs      2 x 2 as in scoring.py; [0][1] = P(response beats baseline's)
-    order_gap, label_mass
+eval.py and scoring.py share this.
+
+A comparison file (records.Comparison) has one line for each prompt.
 Beside it stands a file of the same name that ends in .json, the summary: see `summarise`.
 """
 
@@ -17,20 +15,8 @@ import numpy as np
 
 from analysis.bootstrap import interval, resampled_means
 from judges.base import JudgeConfig, judge_figures, judge_files
-from utils import StageError, log, read_jsonl, write_text
-
-RESPONSE_FIELDS = {"prompt_id": str, "prompt": str, "samples": list}
-
-
-def read_responses(path: Path) -> Iterator[dict]:
-    """Yield the records of a responses file, ours or another's; raises StageError for one without a response."""
-    for record in read_jsonl(path, RESPONSE_FIELDS):
-        sample = record["samples"][0] if record["samples"] else None
-        if not (isinstance(sample, dict) and isinstance(sample.get("text"), str)):
-            raise StageError(
-                f"{path}: prompt_id {record['prompt_id']} has no response: samples[0] should be {{text, ...}}"
-            )
-        yield record
+from records import Comparison, Responses, read
+from utils import StageError, log, write_text
 
 
 def join_responses(responses_path: Path, baseline_path: Path) -> Iterator[dict]:
@@ -38,9 +24,9 @@ def join_responses(responses_path: Path, baseline_path: Path) -> Iterator[dict]:
 
     Raises StageError when one of them answers a prompt that the other does not.
     """
-    baseline = {record["prompt_id"]: record for record in read_responses(baseline_path)}
+    baseline = {record["prompt_id"]: record for record in read(baseline_path, Responses)}
     missing = []
-    for record in read_responses(responses_path):
+    for record in read(responses_path, Responses):
         other = baseline.pop(record["prompt_id"], None)
         if other is None:
             missing.append(record["prompt_id"])
@@ -81,7 +67,7 @@ def judge_responses(files: list, config: JudgeConfig, seed: int):
 def write_summaries(files: list, seed: int = 0):
     """Write and log the summary of each of (responses, baseline, output) files, beside the output."""
     for ours, theirs, path in files:
-        summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(list(read_jsonl(path)), seed)
+        summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(list(read(path, Comparison)), seed)
         write_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
         log.info(
             "%s against %s: win rate %.1f %% [%.1f, %.1f], mean probability %.3f, %d prompts, %d ties",

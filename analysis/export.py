@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 
 from data_utils import check_weights, resolve_model
-from utils import StageError, check_input, log, read_jsonl, run, write_text
+from records import Responses, read
+from utils import StageError, check_input, log, run, write_text
 
 
 def alpaca_eval(source: Path, output: Path, name: str):
@@ -24,7 +25,7 @@ def alpaca_eval(source: Path, output: Path, name: str):
     name = name or source.parent.parent.name
     rows = [
         {"instruction": record["prompt"], "output": record["samples"][0]["text"], "generator": name}
-        for record in read_jsonl(source, {"prompt": str, "samples": list})
+        for record in read(source, Responses)
     ]
     write_text(output, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 

@@ -12,7 +12,8 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from utils import StageError, dump_json, fingerprint, read_jsonl, write_text
+from records import Record, read
+from utils import StageError, dump_json, fingerprint, write_text
 
 STEP_POINTS = 40  # points of one iteration in a training plot: a curve, not every step of it
 
@@ -32,7 +33,7 @@ def read_json(path: Path, kind: type = dict):
 def whole_records(path, damage):
     """Yield a JSONL file's records up to the first that is not whole; what is wrong with that is added to `damage`."""
     try:
-        yield from read_jsonl(path)
+        yield from read(path, Record)
     except (StageError, OSError) as error:
         damage.append(str(error))
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from analysis.bootstrap import interval, resampled_means
 from analysis.plots import COLOURS, plot_style, svg_file
-from utils import StageError, file_lists, log, read_scores, run, write_text
+from records import Scores, read
+from utils import StageError, file_lists, log, run, write_text
 
 CLIP = 1e-6  # probabilities nearer to 0 or 1 are moved to here before their log-odds are taken
 
@@ -202,7 +203,7 @@ def main(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
         raise StageError(f"--output should end in .json, got {output}")
     if not 0 <= margin < 0.5:
         raise StageError(f"--margin should be at least 0 and less than 0.5, got {margin}")
-    records = itertools.chain.from_iterable(read_scores(path) for path in paths)
+    records = itertools.chain.from_iterable(read(path, Scores) for path in paths)
     figures, strengths, odds = measure(records, margin, seed)
     write_text(target.with_suffix(".svg"), draw(figures, strengths, odds))
     write_text(target, json.dumps({"input": list(map(str, paths))} | figures, indent=2) + "\n")

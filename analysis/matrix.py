@@ -14,7 +14,8 @@ from analysis import nash
 from analysis.bootstrap import interval, resampled_means
 from analysis.comparisons import wins
 from analysis.plots import as_text, plot_style, svg, svg_file
-from utils import StageError, fingerprint, read_jsonl
+from records import Comparison, read
+from utils import StageError, fingerprint
 
 MEASURES = ("mean_win_prob", "win_rate")
 
@@ -43,7 +44,7 @@ def win_probs_by_prompt(cells: dict, count: int) -> tuple:
     """(P(i beats j) prompt by prompt, (K, K, N), with 1/2 on the diagonal, over the N prompts that every cell has;
     the number of prompts that any cell has)."""
     found = {
-        pair: {record["prompt_id"]: record["win_probs"][0][1] for record in read_jsonl(path)}
+        pair: {record["prompt_id"]: record["win_probs"][0][1] for record in read(path, Comparison)}
         for pair, path in cells.items()
     }
     everywhere = [

@@ -84,6 +84,6 @@ def test_main_compares_policies_with_the_same_start_of_the_judge(some_model, jso
 def test_main_needs_every_field_of_a_samples_file(some_model, jsonl, tmp_path, template, field):
     broken = {name: value for name, value in samples("b", "x", "y").items() if name != field}
     path = jsonl("train.jsonl", samples("a", "x", "y"), broken)
-    with pytest.raises(StageError, match=f"train.jsonl, line 2: field '{field}' is missing"):
+    with pytest.raises(StageError, match=f"train.jsonl, line 2: .*field {field} is missing"):
         scoring.main(str(path), str(tmp_path / "out"), judge=some_model, template=template, gpus="none")
     assert not (tmp_path / "out").exists()

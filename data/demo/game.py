@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from analysis.nash import duality_gap
 from judges.base import fill_template, read_template
-from utils import StageError, jsonl_writer, run, write_text
+from records import Chat, Prompt, writer
+from utils import StageError, run, write_text
 
 NAMES = ("mountains", "sea", "city")
 ANSWERS = (
@@ -186,7 +187,7 @@ def write(
         "eval": [(f"eval-{n}", prompt) for n, prompt in enumerate(learn[:96] + held_out)],
     }
     for name, prompts in numbered.items():
-        with jsonl_writer(output_dir / "prompts" / f"{name}.jsonl") as write_record:
+        with writer(output_dir / "prompts" / f"{name}.jsonl", Prompt) as write_record:
             for prompt_id, prompt in prompts:
                 write_record({"prompt_id": prompt_id, "prompt": prompt})
     examples = {
@@ -195,7 +196,7 @@ def write(
         "judge_full": judging_examples(full, learn, preference),
     }
     for name, records in examples.items():
-        with jsonl_writer(output_dir / "sft" / f"{name}.jsonl") as write_record:
+        with writer(output_dir / "sft" / f"{name}.jsonl", Chat) as write_record:
             for record in records:
                 write_record(record)
 
