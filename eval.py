@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from analysis import nash
-from judges.base import JudgeConfig, judge_figures, judge_files
+from judges.base import JudgeConfig, judge_figures
+from judges.panel import judge_files
 from utils import (
     StageError,
     check_at_least,
@@ -91,8 +92,8 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
     (source,), (target,) = file_lists(input=input, output=output)
     config = SamplerConfig(**sampler)
     make_work = partial(Sampler, config, num_samples=[1], temperature=[temperature])
-    made_with = config.made_with() | {"num_samples": 1, "temperature": temperature}
-    map_files([(partial(read_prompts, source), target, made_with)], make_work, config, "responses")
+    settings = config.fingerprint() | {"num_samples": 1, "temperature": temperature}
+    map_files([(partial(read_prompts, source), target, settings)], make_work, config, "responses")
 
 
 # ---------------------------------------------------------------------------------------------- compare
@@ -157,7 +158,7 @@ def judge_responses(files, config, seed):
 
 
 def comparison_jobs(files):
-    """Jobs of `judges.judge_files` that judge (responses, baseline, output) files."""
+    """Jobs of `judges.panel.judge_files` that judge (responses, baseline, output) files."""
     for _, _, path in files:
         if path.suffix == ".json":
             raise StageError(f"{path}: the summary goes to a file of that name; end it in .jsonl")
@@ -248,11 +249,11 @@ def matrix(
     if target.suffix != ".json":
         raise StageError(f"--output should end in .json, got {output}")
     config = JudgeConfig(**judge)
-    made_with = [member.made_with() for member in config.members()] + config.weights()
+    settings = [member.fingerprint() for member in config.members()] + config.weights()
     prints = [fingerprint(path) for path in paths]
     cells = {}  # (i, j), i before j: the file of i's responses against j's
     for i, j in itertools.combinations(range(len(paths)), 2):
-        name = fingerprint([prints[i], prints[j], made_with])
+        name = fingerprint([prints[i], prints[j], settings])
         cells[i, j] = target.parent / "cells" / f"{name}.jsonl"
     missing = {path: pair for pair, path in cells.items() if not path.with_suffix(".json").exists()}
     log.info("%d comparisons, %d of them judged before", len(cells), len(cells) - len(missing))

@@ -31,7 +31,7 @@ from training.datasets import UnscoredPairDataset
 from training.logps import response_logps
 from training.trainer import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
 from utils import StageError, check_at_least, file_lists, fingerprint, jsonl_writer, log, run
-from workers.pool import Journal
+from workers.journal import Journal
 
 GATHER_EVERY = 64  # forward passes between two exchanges among processes
 

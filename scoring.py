@@ -18,7 +18,8 @@ Exit code 0 means that every other record is in the output.
 from functools import partial
 
 from eval import comparison_jobs, write_summaries
-from judges.base import JudgeConfig, judge_figures, judge_files
+from judges.base import JudgeConfig, judge_figures
+from judges.panel import judge_files
 from utils import file_lists, log, read_jsonl, read_samples, run
 
 
@@ -39,7 +40,7 @@ def main(input: str, output: str, responses: str = "", baseline: str = "", compa
     judge_files(jobs + comparison_jobs(comparisons), config, "scoring")
     write_summaries(comparisons)
     figures = judge_figures(record for path in outputs for record in read_jsonl(path))
-    if figures["label_mass"] is not None and "bt-mixture" not in config.judge_type:  # reward models have no labels
+    if figures["label_mass"] is not None and all(member.kind.has_labels for member in config.members()):
         log.info(
             "the judge's two orders differ by %(order_gap).3f on average; it puts %(label_mass).3f of its probability "
             "on its labels",

@@ -515,25 +515,6 @@ def fingerprint(value):
     return digest.hexdigest()[:16]
 
 
-def check_made_with(path, what, then, now):
-    """Raise StageError unless the settings that something was begun with are those to go on with.
-
-    Args:
-        path: where it is.
-        what: what it holds, for the message.
-        then, now: {setting: value}
-    """
-    changed = [
-        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
-        for name in {**then, **now}
-        if then.get(name) != now.get(name)
-    ]
-    if changed:
-        raise StageError(
-            f"{path} holds {what} with other settings ({'; '.join(changed)}); use those again, or remove it"
-        )
-
-
 # ---------------------------------------------------------------------------------------------- seeds
 
 # Sample k of a prompt is drawn with the prompt's seed + k, so prompt seeds lie further apart than any K.

@@ -4,26 +4,25 @@ python -m pytest tests/test_sampling.py
 """
 
 import pytest
-from conftest import ChunkWork
+from conftest import RecordWork
 
 import sampling
 from sampling import per_file
 from utils import StageError, read_jsonl
+from workers.journal import Skipped
 
 
-class EchoSampler(ChunkWork):
+class EchoSampler(RecordWork):
     """Answers with the settings it was given; skips the prompt `skip`."""
 
     def __init__(self, config, num_samples, temperature):
         self.config, self.num_samples, self.temperature = config, num_samples, temperature
 
-    def __call__(self, tasks):
-        return [
-            {"prompt_id": record["prompt_id"], "skipped": "too long"}
-            if record["prompt"] == "skip"
-            else {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "samples": self.samples(job)}
-            for job, record in tasks
-        ]
+    def __call__(self, task):
+        job, record = task
+        if record["prompt"] == "skip":
+            return Skipped(record["prompt_id"], "too long")
+        return {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "samples": self.samples(job)}
 
     def samples(self, job):
         return [{"text": f"{self.config.model} at {self.temperature[job]}"}] * self.num_samples[job]

@@ -6,7 +6,6 @@ python -m pytest tests/test_scoring.py
 import json
 
 import pytest
-from conftest import LengthJudge
 
 import scoring
 from judges import base as judges
@@ -30,7 +29,7 @@ def template(tmp_path):
 
 
 def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path, template, monkeypatch):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
     train = [
         samples("a", "yes", "no", "yes"),
         samples("b", "no", "no", "no"),
@@ -63,7 +62,7 @@ def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path,
 
 
 def test_main_compares_policies_with_the_same_start_of_the_judge(some_model, jsonl, tmp_path, template, monkeypatch):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
     files = {
         name: str(jsonl(f"{name}.jsonl", samples("a", text), samples("b", "x")))
         for name, text in (("new", "yes"), ("start", "no"))
