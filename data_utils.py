@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 import re
+import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
 import safetensors
@@ -103,6 +105,22 @@ def model_fingerprint(directory: str | Path) -> str:
                 file.seek(block * max(0, size - 4096) // 63)  # the last block is the end
                 digest.update(file.read(4096))
     return digest.hexdigest()[:16]
+
+
+def check_architecture(directory: str | Path) -> None:
+    """Raise StageError unless transformers knows the kind of model that the config.json of a directory describes."""
+    path = Path(directory) / "config.json"
+    kind = json.loads(path.read_bytes()).get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise StageError(f"{path} has no model_type, so nothing can tell how to load it; copy or download it again")
+    # The table of names imports nothing, so that reading it takes milliseconds; importing transformers takes seconds.
+    table = Path(find_spec("transformers").origin).parent / "models/auto/auto_mappings.py"
+    if table.is_file() and kind in runpy.run_path(str(table))["CONFIG_MAPPING_NAMES"]:
+        return
+    from transformers import CONFIG_MAPPING, __version__
+
+    if kind not in CONFIG_MAPPING:
+        raise StageError(f"{path}: transformers {__version__} does not know the model_type {kind!r}")
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers

@@ -17,9 +17,10 @@ import json
 from functools import partial
 from pathlib import Path
 
-from analysis.comparisons import judge_responses
+from analysis.comparisons import comparison_jobs, write_summaries
 from analysis.matrix import MEASURES, cell_paths, draw_matrix, play, print_matrix, short_names, win_probs_by_prompt
 from judges.base import JudgeConfig
+from judges.panel import judge_files
 from records import Prompt, read, writer
 from utils import (
     StageError,
@@ -75,8 +76,14 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
     (source,), (target,) = file_lists(input=input, output=output)
     config = SamplerConfig(**sampler)
     make_work = partial(Sampler, config, num_samples=[1], temperature=[temperature])
-    made_with = config.made_with() | {"num_samples": 1, "temperature": temperature}
-    map_files([(partial(read, source, Prompt), target, made_with)], make_work, config, "responses")
+    fingerprint = config.fingerprint() | {"num_samples": 1, "temperature": temperature}
+    map_files([(partial(read, source, Prompt), target, fingerprint)], make_work, config, "responses")
+
+
+def judge_responses(files: list, config: JudgeConfig, seed: int):
+    """Judge (responses, baseline, output) files with one start of the judge; write the outputs and their summaries."""
+    judge_files(comparison_jobs(files), config, "comparing")
+    write_summaries(files, seed)
 
 
 def compare(responses: str, baseline: str, output: str, seed: int = 0, **judge: JudgeConfig):
@@ -119,8 +126,8 @@ def matrix(
     if target.suffix != ".json":
         raise StageError(f"--output should end in .json, got {output}")
     config = JudgeConfig(**judge)
-    made_with = [member.made_with() for member in config.members()] + config.weights()
-    cells = cell_paths(paths, made_with, target.parent / "cells")
+    judged_by = [member.fingerprint() for member in config.members()] + config.weights()
+    cells = cell_paths(paths, judged_by, target.parent / "cells")
     missing = {path: pair for pair, path in cells.items() if not path.with_suffix(".json").exists()}
     log.info("%d comparisons, %d of them judged before", len(cells), len(cells) - len(missing))
     if missing:

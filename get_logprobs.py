@@ -27,11 +27,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from data_utils import check_vocabulary, check_weights, load_tokenizer, model_fingerprint, resolve_model
+from records import Data, writer
 from training.datasets import UnscoredPairDataset
 from training.logps import response_logps
 from training.trainer import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
-from utils import StageError, check_at_least, file_lists, fingerprint, jsonl_writer, log, run
-from workers.pool import Journal
+from utils import StageError, check_at_least, file_lists, fingerprint, log, run
+from workers.journal import Journal
 
 GATHER_EVERY = 64  # forward passes between two exchanges among processes
 
@@ -96,7 +97,7 @@ def compute(model, dataset, batches, accelerator):
 
 def write(dataset, path, last, ref):
     """Write the records with their log-probabilities."""
-    with jsonl_writer(path) as write_record:
+    with writer(path, Data) as write_record:
         for index in range(len(dataset)):
             record = dataset[index]
             names = ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")

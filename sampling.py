@@ -16,7 +16,8 @@ Exit code 0 means that every other prompt is in the output.
 import math
 from functools import partial
 
-from utils import SEED_SPACING, StageError, file_lists, read_prompts, run, split_list
+from records import Prompt, read
+from utils import SEED_SPACING, StageError, file_lists, run, split_list
 from vllm_model import Sampler, SamplerConfig
 from workers.pool import map_files
 
@@ -51,9 +52,9 @@ def main(input: str, output: str, num_samples: str = "5", temperature: str = "0.
     if max(counts) > SEED_SPACING:
         raise StageError(f"--num_samples should be at most {SEED_SPACING}, got {num_samples}")
     temperatures = per_file("temperature", temperature, float, len(inputs))
-    made_with = config.made_with()
+    fingerprint = config.fingerprint()
     jobs = [
-        (partial(read_prompts, path), target, made_with | {"num_samples": count, "temperature": value})
+        (partial(read, path, Prompt), target, fingerprint | {"num_samples": count, "temperature": value})
         for path, target, count, value in zip(inputs, outputs, counts, temperatures)
     ]
     map_files(jobs, partial(Sampler, config, num_samples=counts, temperature=temperatures), config, "sampling")

@@ -19,8 +19,9 @@ Exit code 0 means that every other record is in the output.
 
 from functools import partial
 
-from analysis.comparisons import comparison_jobs, write_summaries
-from judges.base import JudgeConfig, judge_figures, judge_files
+from analysis.comparisons import comparison_jobs, judge_figures, write_summaries
+from judges.base import JudgeConfig
+from judges.panel import judge_files
 from records import Samples, Scores, read
 from utils import file_lists, log, run
 
@@ -42,7 +43,7 @@ def main(input: str, output: str, responses: str = "", baseline: str = "", compa
     judge_files(jobs + comparison_jobs(comparisons), config, "scoring")
     write_summaries(comparisons)
     figures = judge_figures(record for path in outputs for record in read(path, Scores))
-    if figures["label_mass"] is not None and "bt-mixture" not in config.judge_type:  # reward models have no labels
+    if figures["label_mass"] is not None and all(member.kind.has_labels for member in config.members()):
         log.info(
             "the judge's position bias is %(order_gap).3f (the mean difference between its two orders); it puts "
             "%(label_mass).3f of its probability on its labels",

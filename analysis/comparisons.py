@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from analysis.bootstrap import interval, resampled_means
-from judges.base import JudgeConfig, judge_figures, judge_files
 from records import Comparison, Responses, read
 from utils import StageError, log, write_text
 
@@ -58,12 +57,6 @@ def comparison_jobs(files: list) -> list:
     return [(partial(join_responses, ours, theirs), target) for ours, theirs, target in files]
 
 
-def judge_responses(files: list, config: JudgeConfig, seed: int):
-    """Judge (responses, baseline, output) files with one start of the judge; write the outputs and their summaries."""
-    judge_files(comparison_jobs(files), config, "comparing")
-    write_summaries(files, seed)
-
-
 def write_summaries(files: list, seed: int = 0):
     """Write and log the summary of each of (responses, baseline, output) files, beside the output."""
     for ours, theirs, path in files:
@@ -83,6 +76,13 @@ def write_summaries(files: list, seed: int = 0):
 def wins(win_probs: np.ndarray) -> np.ndarray:
     """1 where a prompt is won, which is a probability above 1/2, and 1/2 for a tie, which is exactly 1/2; else 0."""
     return (win_probs > 0.5) + 0.5 * (win_probs == 0.5)
+
+
+def judge_figures(records: Iterable[dict]) -> dict:
+    """Means of `order_gap` and `label_mass` over judged records, None where all their responses are identical."""
+    judged = [(record["order_gap"], record["label_mass"]) for record in records if record["label_mass"] is not None]
+    gap, mass = (sum(values) / len(values) for values in zip(*judged)) if judged else (None, None)
+    return {"order_gap": gap, "label_mass": mass}
 
 
 def summarise(comparisons: list, seed: int = 0, num_bootstrap: int = 10_000) -> dict:

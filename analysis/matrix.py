@@ -28,14 +28,14 @@ def short_names(paths: list) -> list:
     return ["/".join(stem[common:]) for stem in stems]
 
 
-def cell_paths(paths: list, made_with: list, folder: Path) -> dict:
+def cell_paths(paths: list, judged_by: list, folder: Path) -> dict:
     """{(i, j): the comparison file of i's responses against j's}, i before j, for `paths` of responses.
 
     A file is named by the responses in it and by what judged them, so that no comparison is judged twice.
     """
     prints = [fingerprint(path) for path in paths]
     return {
-        (i, j): folder / f"{fingerprint([prints[i], prints[j], made_with])}.jsonl"
+        (i, j): folder / f"{fingerprint([prints[i], prints[j], judged_by])}.jsonl"
         for i, j in itertools.combinations(range(len(paths)), 2)
     }
 

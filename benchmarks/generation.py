@@ -12,6 +12,7 @@ Goal: the engine is full until the last chunk; the same samples.
 """
 
 import os
+import pickle
 import tempfile
 import time
 
@@ -19,6 +20,8 @@ import fire
 from common import forward_flops, in_its_own_process, matrix_rate, random_model, read_prompt_texts, record
 
 from vllm_model import Sampler, SamplerConfig
+from workers.scheduler import IN_FLIGHT
+from workers.worker import Worker, run_here
 
 
 def run(queue, way, config, records, num_samples, batch):
@@ -36,7 +39,7 @@ def run(queue, way, config, records, num_samples, batch):
     go = {"plain": lambda: batches_with_a_barrier(sampler, tasks, batch), "ours": lambda: streaming(sampler, tasks)}[
         way
     ]
-    sampler(tasks[:1])  # warm up
+    run_here(sampler, tasks[:1])  # warm up
     steps[0], began = 0, time.perf_counter()
     found = go()
     queue.put((time.perf_counter() - began, found, steps[0]))
@@ -45,29 +48,25 @@ def run(queue, way, config, records, num_samples, batch):
 def batches_with_a_barrier(sampler, tasks, batch):
     found = {}
     for first in range(0, len(tasks), batch):
-        prompts, params, _ = sampler.requests(tasks[first : first + batch])
-        for own in params:
+        requests = [request for task in tasks[first : first + batch] for request in sampler.requests(*task)]
+        for _, own in requests:
             own.logprobs, own.detokenize = 1, True
-        outputs = sampler.engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        prompts, params = [{"prompt_token_ids": ids} for ids, _ in requests], [own for _, own in requests]
+        outputs = sampler.engine.llm.generate(prompts, params, use_tqdm=False)
         for (_, one), output in zip(tasks[first:], outputs):
             found |= {(one["prompt_id"], answer.index): list(answer.token_ids) for answer in output.outputs}
     return found
 
 
 def streaming(sampler, tasks):
-    size, running, found = sampler.config.chunk_size, 0, {}
-    chunks = [tasks[first : first + size] for first in range(0, len(tasks), size)]
-    while chunks or running:
-        while chunks and running < 2:
-            sampler.begin(len(chunks), chunks.pop(0))
-            running += 1
-        for _, results in sampler.step():
-            running -= 1
-            found |= {
-                (one["prompt_id"], k): one["samples"][k]["token_ids"]
-                for one in results
-                for k in range(len(one["samples"]))
-            }
+    size, worker, found = sampler.config.chunk_size, Worker(sampler), {}
+    chunks = [dict(enumerate(tasks[first : first + size])) for first in range(0, len(tasks), size)]
+    while chunks or worker.left:
+        while chunks and len(worker.left) < IN_FLIGHT:
+            worker.begin(len(chunks), chunks.pop(0))
+        for _, _, results in worker.step():
+            for one in map(pickle.loads, results.values()):
+                found |= {(one["prompt_id"], k): sample["token_ids"] for k, sample in enumerate(one["samples"])}
     return found
 
 

@@ -26,7 +26,7 @@ import fire
 import numpy as np
 from common import ROOT, random_model, read_prompt_texts, record
 
-from utils import read_jsonl
+from records import Samples, read
 
 SWEEPS = {  # (prompts, K, max_new_tokens) of three sizes; the smallest of all tells the start
     "prompts": [(100, 4, 64), (316, 4, 64), (1000, 4, 64)],
@@ -154,7 +154,7 @@ def measure(texts, policy, judge, size):
             for name, arguments in stage_commands(policy, judge, folder, num_samples, max_new_tokens)
         }
         mean = statistics.mean(
-            len(sample["token_ids"]) for one in read_jsonl(f"{folder}/samples.jsonl") for sample in one["samples"]
+            len(sample["token_ids"]) for one in read(f"{folder}/samples.jsonl", Samples) for sample in one["samples"]
         )
     print(size, {name: f"{seconds:.1f} s, {mib:.0f} MiB" for name, (seconds, mib) in found.items()}, flush=True)
     return found, mean

@@ -1,4 +1,4 @@
-"""Judging K responses a prompt, all against all in both orders: judges.GenerativeJudge against the plain way, same
+"""Judging K responses a prompt, all against all in both orders: judges/generative.py against the plain way, same
 engine.
 
     python benchmarks/judging.py --prompts FILE [--judge exps/demo-models/judge] [--count 16] [--num_samples 5]
@@ -20,8 +20,10 @@ import time
 import fire
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
-from judges import base as judges
-from judges.base import GenerativeJudge, JudgeConfig
+from judges import generative
+from judges.base import JudgeConfig, sigmoid
+from judges.generative import GenerativeJudge
+from workers.worker import run_here
 
 LABELS = "Output (a)", "Output (b)"
 
@@ -44,7 +46,7 @@ def run(queue, way, config, records):
     ones)."""
     from vllm import SamplingParams
 
-    judges.MIN_LABEL_MASS = 0  # of random weights
+    generative.MIN_LABEL_MASS = 0  # of random weights
     if way == "plain":
         import vllm
 
@@ -67,10 +69,11 @@ def run(queue, way, config, records):
     by_hand = SamplingParams(max_tokens=16, temperature=0, logprobs=20, detokenize=False)
     warm_up, *records = records
     if way == "ours":
-        judge([(0, warm_up)])
+        work = judge.work()
+        run_here(work, [(0, warm_up)])
         forget(counts, prompts)
         began = time.perf_counter()
-        results = judge([(0, one) for one in records])
+        results = run_here(work, [(0, one) for one in records])
         taken = time.perf_counter() - began
         found = {
             (one["prompt"], a["text"], b["text"]): one["win_probs"][i][j]
@@ -86,7 +89,7 @@ def run(queue, way, config, records):
         found = ask(judge, all_orders(records), by_hand)
         taken = time.perf_counter() - began
         found = {
-            key: (p + 1 - found[key[0], key[2], key[1]]) / 2
+            key: 0.5 + (p - found[key[0], key[2], key[1]]) / 2
             for key, p in found.items()
             if p is not None and found[key[0], key[2], key[1]] is not None
         }
@@ -113,7 +116,7 @@ def ask(judge, orders, params):
     found, before = {}, len(judge.label_prefix)
     first, second = judge.label_ids
     prompts = [judge.encode(*order)[: -before or None] for order in orders]
-    names, outputs = judge.engine.enqueue(prompts, [params] * len(prompts)), {}
+    names, outputs = judge.engine.enqueue([(prompt, params) for prompt in prompts]), {}
     while len(outputs) < len(names):
         outputs |= {output.request_id: output for output in judge.engine.step()}
     for order, name in zip(orders, names):
@@ -123,7 +126,7 @@ def ask(judge, orders, params):
             continue
         logprobs = answer.logprobs[before]
         at = [logprobs[token].logprob if token in logprobs else -math.inf for token in (first, second)]
-        found[order] = 1 / (1 + math.exp(min(at[1] - at[0], 700))) if max(at) > -math.inf else None
+        found[order] = sigmoid(at[0] - at[1]) if max(at) > -math.inf else None
     return found
 
 

@@ -1,4 +1,4 @@
-"""Scoring K responses a prompt with a reward model: judges.RewardJudge (vLLM's pooling) against transformers, same
+"""Scoring K responses a prompt with a reward model: judges/reward.py (vLLM's pooling) against transformers, same
 model.
 
     python benchmarks/rewards.py --prompts FILE [--hidden 512] [--layers 8] [--count 32] [--num_samples 5]
@@ -14,7 +14,9 @@ import time
 import fire
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
-from judges.base import JudgeConfig, RewardJudge
+from judges.base import JudgeConfig
+from judges.reward import RewardJudge
+from workers.worker import run_here
 
 
 def make_reward_model(source, hidden, layers, folder):
@@ -27,11 +29,11 @@ def make_reward_model(source, hidden, layers, folder):
 
 
 def with_vllm(queue, config, records):
-    judge = RewardJudge(config)
+    judge = RewardJudge(config).work()
     warm_up, *records = records
-    judge([(0, warm_up)])
+    run_here(judge, [(0, warm_up)])
     began = time.perf_counter()
-    found = judge([(0, one) for one in records])
+    found = run_here(judge, [(0, one) for one in records])
     queue.put((time.perf_counter() - began, [reward for one in found for reward in one["rewards"]], 0))
 
 
@@ -95,7 +97,7 @@ def main(
     ]
     with tempfile.TemporaryDirectory() as folder:
         make_reward_model(source, hidden, layers, folder)
-        config = JudgeConfig(judge=folder, judge_type="bt-mixture", max_prompt_tokens=2048, gpus=gpus)
+        config = JudgeConfig(judge=folder, judge_type="reward", max_prompt_tokens=2048, gpus=gpus)
         os.environ.update(config.environments()[0])
         plain, tokens = (found := in_its_own_process(with_transformers, config, records))[:2], found[2]
         ours = in_its_own_process(with_vllm, config, records)[:2]

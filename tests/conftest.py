@@ -23,34 +23,48 @@ def private_cache(tmp_path_factory):
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
 
 
-class ChunkWork:
-    """Work of a worker process that does a chunk a step: subclasses are called with its tasks."""
+class RecordWork:
+    """Work of a worker process (workers/worker.py) that does a record a step: subclasses are called with its task."""
 
     waiting = ()
 
-    def begin(self, number, tasks):
-        self.waiting = *self.waiting, (number, tasks)
+    def begin(self, key, task):
+        self.waiting = *self.waiting, (key, task)
 
     def step(self):
-        (number, tasks), *self.waiting = self.waiting
-        return [(number, self(tasks))]
+        return [self.waiting[0][0]]
+
+    def result(self, key):
+        (_, task), *self.waiting = self.waiting
+        return self(task)
 
 
-class LengthJudge(ChunkWork):
-    """Stands in for the judge, also in worker processes: prefers the longer response with probability 3/4."""
+class LengthJudge(RecordWork):
+    """Stands in for a judge, also in worker processes: prefers the longer response with probability 3/4."""
 
-    settings = ()
+    needs_engine, has_labels, settings = True, True, ()
 
     def __init__(self, config):
         pass
 
-    def __call__(self, tasks):
-        return [
-            {"prompt_id": record["prompt_id"], "skipped": "too long"}
-            if record["prompt"] == "skip"
-            else record | self.compare([sample["text"] for sample in record["samples"]])
-            for _, record in tasks
-        ]
+    def work(self):
+        return self
+
+    @staticmethod
+    def check(config):
+        pass
+
+    @staticmethod
+    def report(paths):
+        pass
+
+    def __call__(self, task):
+        from workers.journal import Skipped
+
+        _, record = task
+        if record["prompt"] == "skip":
+            return Skipped(record["prompt_id"], "too long")
+        return record | self.compare([sample["text"] for sample in record["samples"]])
 
     @staticmethod
     def compare(texts):
@@ -87,7 +101,7 @@ def some_model(tmp_path_factory):
     from safetensors.torch import save_file
 
     directory = tmp_path_factory.mktemp("some-model")
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text('{"model_type": "qwen2"}')
     save_file({"weight": torch.zeros(3)}, directory / "model.safetensors")
     return str(directory)
 

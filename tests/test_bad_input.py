@@ -989,7 +989,7 @@ ROWS = [
     row(
         "generate",
         "no-workers",
-        "--gpus auto, --gpus_per_worker 1, --cpu_workers 0: each GPU may be named once, and "
+        "--gpus auto, --tensor_parallel_size 1, --cpu_workers 0: each GPU may be named once, and "
         "the numbers should be at least 1",
         cpu_workers=0,
     ),

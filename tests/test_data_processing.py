@@ -20,8 +20,9 @@ from data_processing import (
     mean_win_probs,
 )
 from data_utils import encode_prompt, encode_text
+from records import Record, read
 from training.datasets import ChatDataset
-from utils import StageError, fingerprint, read_jsonl
+from utils import StageError, fingerprint
 
 # Row i, column j: P(i beats j). Scores (0.9 + 0.6)/2 = 0.75, (0.1 + 0.7)/2 = 0.4, (0.4 + 0.3)/2 = 0.35.
 THREE = [[None, 0.9, 0.6], [0.1, None, 0.7], [0.4, 0.3, None]]
@@ -157,7 +158,7 @@ def test_make_pairs_writes_one_pair_a_prompt_and_counts_the_rest(jsonl, tmp_path
     same = scored(THREE, "d", texts=["x"] * 3)
     scores = jsonl("scores", scored(THREE, "a"), scored(EVEN, "b"), scored(THREE, "c"), same)
     make_pairs(str(scores), str(tmp_path / "pairs"), pair_rule="best_worst")
-    pairs = list(read_jsonl(tmp_path / "pairs"))
+    pairs = list(read(tmp_path / "pairs", Record))
     assert [(pair["prompt_id"], indices(pair)) for pair in pairs] == [("a", (0, 2)), ("c", (0, 2))]
     (message,) = caplog.messages
     for words in ("4 records", "2 pairs", "1 ties", "1 identical responses"):
@@ -167,7 +168,7 @@ def test_make_pairs_writes_one_pair_a_prompt_and_counts_the_rest(jsonl, tmp_path
 def test_make_pairs_takes_several_files(jsonl, tmp_path):
     inputs = [jsonl("a", scored(THREE, "a")), jsonl("b", scored(FIVE, "b"))]
     make_pairs(",".join(map(str, inputs)), f"{tmp_path}/x,{tmp_path}/y")
-    assert [indices(*read_jsonl(tmp_path / name)) for name in "xy"] == [(0, 1), (3, 4)]
+    assert [indices(*read(tmp_path / name, Record)) for name in "xy"] == [(0, 1), (3, 4)]
 
 
 def test_make_pairs_gives_the_same_file_for_the_same_seed(jsonl, tmp_path):
@@ -213,7 +214,9 @@ def ultrafeedback(seed=0):
 
 
 def prompts(directory):
-    return {path.stem: [record["prompt"] for record in read_jsonl(path)] for path in sorted(directory.glob("*.jsonl"))}
+    return {
+        path.stem: [record["prompt"] for record in read(path, Record)] for path in sorted(directory.glob("*.jsonl"))
+    }
 
 
 @pytest.fixture
@@ -236,7 +239,7 @@ def test_make_prompts_splits_are_disjoint_and_complete(split, tmp_path):
     assert set(found["test"]) | set(found["train"]) == everything
     assert len(set(found["test"] + found["train"])) == NUM_PROMPTS
     assert sorted(found["train_0"] + found["train_1"] + found["train_2"]) == sorted(found["train"])
-    record = next(read_jsonl(tmp_path / "a" / "test.jsonl"))
+    record = next(read(tmp_path / "a" / "test.jsonl", Record))
     assert record == {"prompt_id": fingerprint(record["prompt"]), "prompt": record["prompt"]}
 
 
@@ -330,7 +333,7 @@ def sft(jsonl, tmp_path):
     def sft(**settings):
         outputs, rows = [tmp_path / "sft.jsonl", tmp_path / "sft_test.jsonl"], jsonl("rows.jsonl", *ultrachat())
         make_sft(*map(str, outputs), str(rows), **{"num_validation": 4} | settings)
-        return tuple(list(read_jsonl(path)) for path in outputs)
+        return tuple(list(read(path, Record)) for path in outputs)
 
     return sft
 

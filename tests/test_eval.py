@@ -14,7 +14,8 @@ import eval
 from analysis.comparisons import join_responses, summarise, wins
 from analysis.matrix import play, short_names
 from judges import base as judges
-from utils import StageError, read_jsonl
+from records import Record, read
+from utils import StageError
 
 
 def comparison(prob, gap=0.0, tokens=(1, 1), texts=("a", "b")):
@@ -139,7 +140,7 @@ def test_compare_writes_comparisons_and_their_summary(some_model, jsonl, tmp_pat
     ours = jsonl("ours.jsonl", response("a", "long"), response("b", "no"), response("c", "same"))
     theirs = jsonl("theirs.jsonl", response("c", "same"), response("b", "yes"), response("a", "x"))
     compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.jsonl")
-    assert [record["win_probs"][0][1] for record in read_jsonl(tmp_path / "vs.jsonl")] == [0.75, 0.25, 0.5]
+    assert [record["win_probs"][0][1] for record in read(tmp_path / "vs.jsonl", Record)] == [0.75, 0.25, 0.5]
     summary = json.loads((tmp_path / "vs.json").read_text())
     assert (summary["responses"], summary["baseline"]) == (str(ours), str(theirs))
     figures = {name: summary[name] for name in ("num_prompts", "num_ties", "win_rate", "mean_win_prob")}

@@ -21,8 +21,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
-from judges.base import JudgeConfig, ServerJudge, duration, parse_answer, read_answer
-from utils import StageError, read_jsonl
+from judges.base import JudgeConfig
+from judges.server import ServerJudge, duration, parse_answer, read_answer
+from records import Record, read
+from utils import StageError
+from workers.journal import Skipped
+from workers.worker import run_here
 
 LABELS = ["Output (a)", "Output (b)"]
 
@@ -79,14 +83,13 @@ def test_duration(text, seconds):
     "settings, message",
     [
         (
-            {"judge_type": "bt-mixture", "reward_temperature": "0"},
+            {"judge_type": "reward", "reward_temperature": "0"},
             "--reward_temperature should be a number greater than 0, got 0",
         ),
-        ({"judge": "a,b", "judge_type": "bt-mixture,openai,bt-mixture"}, "--judge_type has 3 values for 2 judges"),
+        ({"judge": "a,b", "judge_type": "reward,server,reward"}, "--judge_type has 3 values for 2 judges"),
         ({"judge": "a,b", "judge_weights": "1"}, "as many as judges (2), got 1"),
         ({"judge": "a,b", "judge_weights": "1,-1"}, "as many as judges (2), got 1,-1"),
-        ({"judge_type": "openai", "api_price": "1"}, "--api_price should be two prices"),
-        ({"judge_type": "openai", "api_concurrency": 0}, "--api_concurrency should be at least 1"),
+        ({"judge_type": "server", "api_concurrency": 0}, "--api_concurrency should be at least 1"),
         ({"engine": "slurm"}, "--engine should be local or ray, got slurm"),
     ],
 )
@@ -98,7 +101,7 @@ def test_settings_that_are_refused(settings, message):
 def test_members_share_what_is_given_once():
     config = JudgeConfig(
         judge="a,b",
-        judge_type="bt-mixture,openai",
+        judge_type="reward,server",
         judge_weights="1,3",
         labels="x,y;u,v",
         gpus="none",
@@ -106,8 +109,8 @@ def test_members_share_what_is_given_once():
         template=str(ROOT / "prompts/offsetbias.txt"),
     )
     first, second = config.members()
-    assert (first.judge, first.judge_type, first.labels) == ("a", "bt-mixture", "x,y")
-    assert (second.judge, second.judge_type, second.labels, second.chunk_size) == ("b", "openai", "u,v", 8)
+    assert (first.judge, first.judge_type, first.labels) == ("a", "reward", "x,y")
+    assert (second.judge, second.judge_type, second.labels, second.chunk_size) == ("b", "server", "u,v", 8)
     assert config.weights() == [0.25, 0.75] and first.members() == [first] and first.weights() == [1]
 
 
@@ -202,13 +205,13 @@ def test_a_mixture_of_reward_models(reward_models, jsonl, tmp_path):
         "--judge",
         ",".join(reward_models),
         "--judge_type",
-        "bt-mixture",
+        "reward",
         "--judge_weights",
         "1,3",
         "--reward_temperature",
         "0.5,2",
     )
-    found = list(read_jsonl(output))
+    found = list(read(output, Record))
     assert [one["prompt_id"] for one in found] == ["0", "1", "2"] and not list(tmp_path.glob("*.partial*"))
     for record, one in zip(records, found):
         first, second = (plain_rewards(directory, record) for directory in reward_models)
@@ -231,7 +234,7 @@ def test_a_policy_is_no_reward_model(demo_models, jsonl, tmp_path):
         "--judge",
         demo_models / "policy",
         "--judge_type",
-        "bt-mixture",
+        "reward",
         check=False,
     )
     assert "is a Qwen2ForCausalLM" in output and "a reward model is a sequence classifier with one" in output
@@ -306,15 +309,13 @@ def test_a_server_that_is_killed_and_comes_back(demo_models, jsonl, tmp_path):
                 "--judge",
                 "judge",
                 "--judge_type",
-                "openai",
+                "server",
                 "--api_base",
                 f"http://127.0.0.1:{port}/v1",
                 "--input",
                 str(source),
                 "--output",
                 str(there),
-                "--api_price",
-                "2,4",
                 "--api_concurrency",
                 "4",
             ],
@@ -335,14 +336,14 @@ def test_a_server_that_is_killed_and_comes_back(demo_models, jsonl, tmp_path):
         output = asking.communicate(timeout=240)[0]
         assert asking.returncode == 0, output
     assert 8 <= kept < 120
-    expected, found = list(read_jsonl(here)), list(read_jsonl(there))
+    expected, found = list(read(here, Record)), list(read(there, Record))
     assert [one["prompt_id"] for one in found] == [one["prompt_id"] for one in expected]
     for one, other in zip(found, expected):
         for i, j in itertools.permutations(range(3), 2):
             assert one["win_probs"][i][j] == pytest.approx(other["win_probs"][i][j], abs=1e-4)
         assert one["label_mass"] == pytest.approx(other["label_mass"], abs=1e-4)
     requests = sum(one["usage"]["requests"] for one in found)
-    assert requests == 119 * 6 + 2 and f"{requests} requests" in output and "dollars" in output
+    assert requests == 119 * 6 + 2 and f"{requests} requests" in output
     assert (
         all("secret" not in path.read_text(errors="ignore") for path in tmp_path.iterdir()) and "secret" not in output
     )
@@ -389,7 +390,7 @@ def server(monkeypatch):
     yield ServerJudge(
         JudgeConfig(
             judge="m",
-            judge_type="openai",
+            judge_type="server",
             api_base=f"http://127.0.0.1:{server.server_port}/v1",
             gpus="none",
             template=str(ROOT / "prompts/offsetbias.txt"),
@@ -401,10 +402,7 @@ def server(monkeypatch):
 
 
 def work(judge, *records):
-    judge.begin(0, [(0, record) for record in records])
-    while not (done := judge.step()):
-        pass
-    return done[0][1]
+    return run_here(judge.work(), [(0, record) for record in records])
 
 
 def error(message):
@@ -453,7 +451,7 @@ def test_a_server_that_refuses(server, status, message):
 def test_a_record_that_is_too_long_or_not_answered_is_skipped(server):
     Handler.moods = [(400, {}, error("This model's maximum context length is 8 tokens"))]
     first, second = work(server, *samples(2))
-    assert set(first) == {"prompt_id", "skipped", "usage"} and "too long" in first["skipped"] and "win_probs" in second
+    assert isinstance(first, Skipped) and "too long" in first.reason and "win_probs" in second
     Handler.moods = [
         (
             200,
@@ -470,11 +468,11 @@ def test_a_record_that_is_too_long_or_not_answered_is_skipped(server):
         )
     ]
     (first,) = work(server, samples(2)[1])
-    assert "answered 'Both are nice', which is none of its labels" in first["skipped"]
+    assert "answered 'Both are nice', which is none of its labels" in first.reason
     server.config.on_error = "skip"  # a request that the server will never take
     Handler.moods = [(400, {}, error("content policy"))]
     (first,) = work(server, samples(2)[0])
-    assert "refuses the request for m" in first["skipped"] and first["usage"]["completion_tokens"] == 15
+    assert "refuses the request for m" in first.reason and first.usage["completion_tokens"] == 15
 
 
 def test_a_server_that_never_answers_with_a_label_is_no_judge(server):
@@ -503,7 +501,7 @@ def test_no_server_is_a_plain_error(jsonl, tmp_path):
         "--judge",
         "m",
         "--judge_type",
-        "openai",
+        "server",
         "--api_base",
         "http://127.0.0.1:9/v1",
         "--api_retries",
@@ -517,7 +515,7 @@ def test_no_server_is_a_plain_error(jsonl, tmp_path):
         "--judge",
         "m",
         "--judge_type",
-        "openai",
+        "server",
         check=False,
         OPENAI_API_KEY="",
     )

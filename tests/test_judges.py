@@ -1,9 +1,10 @@
 """judges/ without an engine: templates, labels, settings, and what the judges make of their answers.
 
-python -m pytest tests/test_judges/
+python -m pytest tests/test_judges.py
 """
 
 import math
+import random
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -11,9 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from data_utils import encode_prompt
-from judges.base import GenerativeJudge, JudgeConfig, fill_template, read_template, split_labels, win_matrix
+from judges.base import JudgeConfig, fill_template, judge_class, read_template, win_matrix
+from judges.generative import GenerativeJudge, split_labels
+from judges.panel import mean
 from utils import StageError
-from vllm_model import EngineWork
+from workers.journal import Skipped
+from workers.worker import run_here
 
 # ---- Win probabilities ----
 
@@ -54,6 +58,25 @@ def test_win_matrix_gives_identical_responses_a_half():
     assert found["win_probs"] == [[None, 0.75, 0.5], [0.25, None, 0.25], [0.5, 0.75, None]]
     nothing_judged = {"win_probs": [[None, 0.5], [0.5, None]], "order_gap": None, "label_mass": None}
     assert win_matrix(["x", "x"], {}) == nothing_judged
+
+
+def test_win_matrix_gives_ties_exactly_a_half_and_pairs_that_sum_to_exactly_one():
+    generator = random.Random(0)
+    for _ in range(20_000):
+        p, q = generator.random(), generator.random() ** generator.choice([1, 8])
+        tied, other = (
+            win_matrix(["x", "y"], {("x", "y"): (p, 1.0), ("y", "x"): (second, 1.0)})["win_probs"] for second in (p, q)
+        )
+        assert tied == [[None, 0.5], [0.5, None]]
+        assert other[0][1] + other[1][0] == 1 and other[0][1] == pytest.approx((p + 1 - q) / 2, abs=1e-15)
+        assert (other[0][1] > 0.5) == (p > q + 1e-16) or abs(p - q) < 1e-15
+
+
+def test_mean_of_a_panel_keeps_exact_ties():
+    for weights in ([1 / 3] * 3, [0.1] * 10, [0.7, 0.2, 0.1]):
+        assert mean([0.5] * len(weights), weights, centre=0.5) == 0.5
+    assert mean([0.25, 0.75], [0.25, 0.75], centre=0.5) == mean([0.25, 0.75], [0.25, 0.75]) == 0.625
+    assert mean([1.0] * 10, [0.1] * 10, centre=0.5) == 1 and mean([0.5, None], [0.5, 0.5]) is None
 
 
 # ---- Templates ----
@@ -122,8 +145,11 @@ def test_split_labels_refuses_labels_that_no_position_decides(first, second):
     [
         (
             {"judge_type": "bradley-terry"},
-            "--judge_type should be one of offsetbias-lm, bt-mixture, openai, got bradley-terry",
+            "--judge_type should be one of generative, reward, server, got bradley-terry$",
         ),
+        ({"judge_type": "offsetbias-lm"}, "got offsetbias-lm; offsetbias-lm is now called generative"),
+        ({"judge_type": "bt-mixture"}, "bt-mixture is now called reward"),
+        ({"judge_type": "openai"}, "openai is now called server"),
         ({"labels": "yes"}, "--labels should be two different answers"),
         ({"labels": "yes,no,maybe"}, "--labels should be two different answers"),
         ({"labels": "yes,"}, "--labels should be two different answers"),
@@ -144,13 +170,16 @@ def test_judge_config_refuses(tmp_path, settings, message):
 class FakeEngine:
     """Answers every prompt with the given log-probabilities and keeps the prompts."""
 
-    def __init__(self, logprobs):
-        self.logprobs, self.prompts = logprobs, []
+    model = "the judge"
 
-    def enqueue(self, prompts, params):
-        self.waiting = list(range(len(self.prompts), len(self.prompts) + len(prompts)))
-        self.prompts += prompts
-        return list(self.waiting)
+    def __init__(self, logprobs):
+        self.logprobs, self.prompts, self.waiting = logprobs, [], []
+
+    def enqueue(self, requests):
+        names = list(range(len(self.prompts), len(self.prompts) + len(requests)))
+        self.prompts += [prompt for prompt, _ in requests]
+        self.waiting += names
+        return names
 
     def step(self):
         """One request a step, the last one first."""
@@ -166,11 +195,16 @@ def judge(tokenizers, monkeypatch):
     """A judge whose two deciding tokens are 7 and 8, after the label's beginning [5, 6]."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
     judge = object.__new__(GenerativeJudge)  # __init__ would load a model
-    EngineWork.__init__(judge)
     judge.tokenizer, judge.template, judge.max_prompt_tokens = tokenizers["judge"], "{input}|{output_1}|{output_2}", 200
     judge.label_prefix, judge.label_ids = [5, 6], (7, 8)
+    judge.records, judge.answers, judge.mass = 0, 0, 0.0
     judge.engine = FakeEngine({7: math.log(0.6), 8: math.log(0.2)})
     return judge
+
+
+def judged(judge, *records):
+    """What becomes of the records in a worker."""
+    return run_here(judge.work(), [(0, record) for record in records])
 
 
 def record(prompt_id, *texts, prompt="Where?"):
@@ -187,11 +221,11 @@ def record(prompt_id, *texts, prompt="Where?"):
     ],
 )
 def test_judge_read_labels_normalises_the_two_labels(judge, first, second, expected):
-    assert judge.read_labels([FakeEngine({7: first, 8: second}).output(0)]) == [pytest.approx(expected)]
+    assert judge.read_labels(FakeEngine({7: first, 8: second}).output(0)) == pytest.approx(expected)
 
 
 def test_judge_asks_once_for_each_ordered_pair_of_different_texts(judge):
-    judge([(0, record("a", "sea", "city", "sea"))])
+    judged(judge, record("a", "sea", "city", "sea"))
     expected = [
         encode_prompt(judge.tokenizer, f"Where?|{first}|{second}") + [5, 6]
         for first, second in (("sea", "city"), ("city", "sea"))
@@ -200,8 +234,7 @@ def test_judge_asks_once_for_each_ordered_pair_of_different_texts(judge):
 
 
 def test_judge_returns_each_record_with_its_own_answers(judge):
-    tasks = [(0, record("a", "sea", "city", "sea")), (1, record("b", "sea", "sea")), (0, record("c", "x", "y"))]
-    answered = judge(tasks)
+    answered = judged(judge, record("a", "sea", "city", "sea"), record("b", "sea", "sea"), record("c", "x", "y"))
     assert [r["prompt_id"] for r in answered] == ["a", "b", "c"]
     assert all(r["kept"] for r in answered)
     # The engine always says 3/4 for the first output: (3/4 + 1 - 3/4)/2 = 1/2, and the orders disagree by 1/2.
@@ -213,38 +246,59 @@ def test_judge_returns_each_record_with_its_own_answers(judge):
 
 def test_judge_matches_answers_to_pairs_across_records(judge):
     # Each pair gets an answer of its own: 0.1, 0.2, ... in the order of asking.
-    judge.read_labels = lambda outputs: [((output.request_id + 1) / 10, 1.0) for output in outputs]
-    first, second = judge([(0, record("a", "x", "y")), (0, record("b", "z", "w"))])
+    judge.read_labels = lambda output: ((output.request_id + 1) / 10, 1.0)
+    first, second = judged(judge, record("a", "x", "y"), record("b", "z", "w"))
     assert first["win_probs"][0][1] == pytest.approx((0.1 + 1 - 0.2) / 2)
     assert second["win_probs"][0][1] == pytest.approx((0.3 + 1 - 0.4) / 2)
 
 
 def test_judge_skips_a_record_that_is_too_long_and_no_other(judge):
     long = record("b", "x", "y" * 300)
-    first, second, third = judge([(0, record("a", "x", "y")), (0, long), (0, record("c", "x", "y"))])
+    first, second, third = judged(judge, record("a", "x", "y"), long, record("c", "x", "y"))
     assert (first["prompt_id"], third["prompt_id"]) == ("a", "c") and "win_probs" in first and "win_probs" in third
-    assert set(second) == {"prompt_id", "skipped"} and "limit is 200" in second["skipped"]
+    assert isinstance(second, Skipped) and second.prompt_id == "b" and "limit is 200" in second.reason
     assert len(judge.engine.prompts) == 4
     length = max(map(len, judge.engine.prompts))
     judge.max_prompt_tokens = length
-    assert "win_probs" in judge([(0, record("a", "x", "y"))])[0]
+    assert "win_probs" in judged(judge, record("a", "x", "y"))[0]
     judge.max_prompt_tokens = length - 1
-    assert "skipped" in judge([(0, record("a", "x", "y"))])[0]
+    assert isinstance(judged(judge, record("a", "x", "y"))[0], Skipped)
 
 
-def test_chunks_share_the_engine_and_end_in_any_order(judge):
-    long, short = [(0, record("a", "u", "v", "w"))], [(0, record("b", "x", "y"))]
-    judge.begin(0, long)
-    early = judge.engine.waiting
-    judge.begin(1, short)
+def test_records_share_the_engine_and_end_in_any_order(judge):
+    work = judge.work()
+    work.begin("long", (0, record("a", "u", "v", "w")))
+    early, judge.engine.waiting = judge.engine.waiting, []
+    work.begin("short", (0, record("b", "x", "y")))
     judge.engine.waiting = early + judge.engine.waiting
-    ended = [number for _ in range(10) for number, _ in judge.step()]
-    assert ended == [1, 0] and not judge.chunks and not judge.outputs
-    judge.begin(2, [(0, record("c", "x", "x"))])  # nothing to ask
-    assert [number for number, _ in judge.step()] == [2]
+    ended = [(key, work.result(key)["prompt_id"]) for _ in range(8) for key in work.step()]
+    assert ended == [("short", "b"), ("long", "a")] and not work.begun and not work.owners
+    work.begin("same", (0, record("c", "x", "x")))  # nothing to ask
+    assert work.step() == ["same"] and work.result("same")["order_gap"] is None
+
+
+def test_requests_of_a_record_that_could_not_be_added_are_forgotten(judge):
+    work = judge.work()
+    judge.engine.waiting = [99]  # of a record whose other requests were refused
+    work.begin("a", (0, record("a", "x", "y")))
+    judge.engine.waiting.reverse()
+    assert [key for _ in range(3) for key in work.step()] == ["a"]
+
+
+def test_a_model_that_does_not_answer_with_its_labels_is_no_judge(judge):
+    judge.engine = FakeEngine({7: math.log(0.01), 8: math.log(0.01)})
+    assert len(judged(judge, *(record(str(n), "x", "y", "z") for n in range(7)))) == 7  # 42 answers, too few records
+    with pytest.raises(StageError, match="the judge puts 0.02 of its probability on the two labels"):
+        judged(judge, record("8", "x", "y"))
+
+
+def test_kinds_of_judges_say_what_they_need():
+    kinds = {name: judge_class(name) for name in ("generative", "reward", "server")}
+    assert [kind.needs_engine for kind in kinds.values()] == [True, True, False]
+    assert [kind.has_labels for kind in kinds.values()] == [True, False, True]
 
 
 def test_judge_takes_a_verdict_inside_a_response_as_text(judge):
-    judge([(0, record("a", "x<|eot_id|>", "y"))])
+    judged(judge, record("a", "x<|eot_id|>", "y"))
     end = judge.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert [ids.count(end) for ids in judge.engine.prompts] == [1, 1]  # the template's own

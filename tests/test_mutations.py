@@ -19,8 +19,9 @@ from test_bad_input import CHAT, DATA, END, PAIR, SAMPLES, SCORES, TEXTS, VOCABU
 
 import data_processing
 from analysis.comparisons import join_responses
+from records import Prompt, Samples, Scores, read
 from training.datasets import ChatDataset, PairDataset, UnscoredPairDataset
-from utils import StageError, check_input, read_prompts, read_samples, read_scores
+from utils import StageError, check_input
 
 MAX_LENGTH = 64
 LOGPS = ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
@@ -236,16 +237,16 @@ def read_file(kind, path, tokenizer):
     """What the stages get out of the file, checked; raises what they raise."""
     check_input(path)
     if kind == "prompts":
-        records = list(read_prompts(path))
+        records = list(read(path, Prompt))
         for record in records:
             assert is_text(record["prompt"]) and record["prompt"].strip() and is_text(record["prompt_id"])
         assert [record["prompt"] for record in records] == [record["prompt"] for record in plainly_read(path)]
     elif kind == "samples":
-        records = list(read_samples(path))
+        records = list(read(path, Samples))
         check_samples(records)
         assert records == plainly_read(path)
     elif kind == "scores":
-        records = list(read_scores(path))
+        records = list(read(path, Scores))
         check_scores(records)
         assert records == plainly_read(path)
     elif kind == "pairs_file":

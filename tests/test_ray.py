@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ChunkWork
+from conftest import ROOT, RecordWork
 
-from workers import ray_executor as ray_workers
-from workers.pool import PoolConfig
+from workers.ray_executor import RayExecutor
+from workers.scheduler import map_chunks
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is optional: pip install ray")
 
@@ -158,44 +158,55 @@ def test_scoring_with_what_is_left_of_the_cluster(cluster, demo_models, tmp_path
         tmp_path / "o.jsonl",
         "--engine",
         "ray",
-        "--gpus_per_worker",
+        "--tensor_parallel_size",
         "2",
         RAY_ADDRESS=cluster.address,
     )
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "--gpus_per_worker 2, but Ray's cluster has 0 GPUs" in output
+    assert process.returncode == 1 and "--tensor_parallel_size 2, but Ray's cluster has 0 GPUs" in output
 
 
-class Fragile(ChunkWork):
-    """Doubles numbers, but 13 ends its process."""
+class Fragile(RecordWork):
+    """Doubles numbers, but 13 ends its process and 40 is a record that it cannot work on."""
 
-    def __call__(self, tasks):
-        if 13 in tasks:
+    def __call__(self, task):
+        if task == 13:
             os._exit(1)
-        return [2 * task for task in tasks]
+        if task == 40:
+            raise ValueError("forty is bad")
+        return 2 * task
 
 
-def test_the_record_that_ends_its_actor_is_found_and_no_other(cluster):
+class CountingExecutor(RayExecutor):
+    """Counts the actors that it starts."""
+
+    started = 0
+
+    def start(self, slot):
+        self.started += 1
+        return super().start(slot)
+
+
+def test_the_record_that_ends_its_actor_is_found_and_no_other(cluster, monkeypatch, caplog):
     import conftest
     import ray
 
     for module in (sys.modules[__name__], conftest):
         ray.cloudpickle.register_pickle_by_value(module)
-    given_up, found = [], {}
-    os.environ["RAY_ADDRESS"] = cluster.address
+    given_up, found = {}, {}
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     try:
-        pool = PoolConfig(engine="ray", gpus="none")
-        count = ray_workers.connect(pool)
+        executor = CountingExecutor(Fragile, "none", 1, 2)  # for the second actor there is no room any more
         chunks = [list(range(first, first + 8)) for first in range(0, 64, 8)]
-        for tasks, results in ray_workers.map_chunks(
-            Fragile, iter(chunks), count, pool, lambda task, _: given_up.append(task)
-        ):
-            found |= dict(zip(tasks, results, strict=True))
+        for pairs in map_chunks(executor, chunks, lambda task, reason: given_up.update({task: reason})):
+            found |= pairs
     finally:
-        del os.environ["RAY_ADDRESS"]
         ray.shutdown()
-    assert given_up == [13]
-    assert found == {n: 2 * n for n in range(64)} | {13: None}
+    assert list(given_up) == [13, 40] or list(given_up) == [40, 13]
+    assert given_up[40] == "ValueError: forty is bad" and "was lost" in given_up[13]
+    assert found == {n: 2 * n for n in range(64)} | {13: None, 40: None}
+    assert executor.started == 2 + 5  # the chunk of 8 twice, then 4, 2, 1; none for the exception
+    assert "in __call__" in caplog.text
 
 
 def test_no_cluster_is_a_plain_error(demo_models, tmp_path):

@@ -3,27 +3,35 @@
 python -m pytest tests/test_sampling.py
 """
 
+import pickle
+import sys
+from types import SimpleNamespace
+
 import pytest
-from conftest import ChunkWork
+from conftest import RecordWork
 
 import sampling
+import vllm_model
+from data_utils import model_fingerprint
+from judges.base import JudgeConfig
+from records import Record, read
 from sampling import per_file
-from utils import StageError, read_jsonl
+from utils import StageError
+from vllm_model import Engine, SamplerConfig
+from workers.journal import Skipped
 
 
-class EchoSampler(ChunkWork):
+class EchoSampler(RecordWork):
     """Answers with the settings it was given; skips the prompt `skip`."""
 
     def __init__(self, config, num_samples, temperature):
         self.config, self.num_samples, self.temperature = config, num_samples, temperature
 
-    def __call__(self, tasks):
-        return [
-            {"prompt_id": record["prompt_id"], "skipped": "too long"}
-            if record["prompt"] == "skip"
-            else {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "samples": self.samples(job)}
-            for job, record in tasks
-        ]
+    def __call__(self, task):
+        job, record = task
+        if record["prompt"] == "skip":
+            return Skipped(record["prompt_id"], "too long")
+        return {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "samples": self.samples(job)}
 
     def samples(self, job):
         return [{"text": f"{self.config.model} at {self.temperature[job]}"}] * self.num_samples[job]
@@ -68,12 +76,12 @@ def test_main_samples_each_file_with_its_own_settings(some_model, jsonl, tmp_pat
         gpus="none",
         chunk_size=2,
     )
-    first, second = (list(read_jsonl(path)) for path in outputs)
+    first, second = (list(read(path, Record)) for path in outputs)
     assert [record["prompt_id"] for record in first] == ["2d711642b726b044", "c"]  # the first is made from the text
     assert [record["prompt"] for record in first] == ["x", "z\u2028"]
     texts = [[sample["text"] for sample in record["samples"]] for record in first + second]
     assert texts == [[f"{some_model} at 0.8"] * 3] * 2 + [[f"{some_model} at 0.0"]]
-    assert [record["prompt_id"] for record in read_jsonl(tmp_path / "train.samples.skipped.jsonl")] == ["b"]
+    assert [record["prompt_id"] for record in read(tmp_path / "train.samples.skipped.jsonl", Record)] == ["b"]
 
 
 def test_main_checks_its_flags_before_a_worker_starts(jsonl, tmp_path):
@@ -83,3 +91,42 @@ def test_main_checks_its_flags_before_a_worker_starts(jsonl, tmp_path):
     with pytest.raises(StageError, match="--gpus names 99"):
         sampling.main(str(prompts), str(tmp_path / "a"), model="M", gpus="99")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("{}", "config.json has no model_type"),
+        ('{"model_type": 3}', "config.json has no model_type"),
+        ('{"model_type": "no-such"}', "config.json: transformers .* does not know the model_type 'no-such'"),
+    ],
+)
+def test_a_model_of_an_unknown_kind_is_refused_before_a_worker_starts(jsonl, tmp_path, config, message):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(config)
+    prompts = jsonl("train.jsonl", {"prompt": "x"})
+    with pytest.raises(StageError, match=message):
+        sampling.main(str(prompts), str(tmp_path / "out"), model=str(tmp_path / "model"), gpus="none")
+    with pytest.raises(StageError, match=message):
+        JudgeConfig(judge=str(tmp_path / "model"), gpus="none").fingerprint()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_architecture_that_vllm_does_not_know_is_a_plain_error(model_dirs, monkeypatch):
+    def refuse(**settings):
+        raise ValueError("Model architectures ['Qwen2ForCausalLM'] are not supported for now. Supported: ...")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=refuse))
+    with pytest.raises(StageError, match="vLLM does not know the architecture that .*/config.json names: "):
+        Engine(model_dirs["policy"], "", 64, SamplerConfig(model="", gpus="none"))
+
+
+def test_a_models_name_is_resolved_once_and_given_names_stay(some_model, monkeypatch, tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/model").symlink_to(some_model)
+    monkeypatch.chdir(tmp_path)
+    config = SamplerConfig(model="ckpt", gpus="none")
+    assert config.fingerprint()["model"] == model_fingerprint(some_model)
+    monkeypatch.setattr(vllm_model, "resolve_model", None)  # not called again, in the workers either
+    sent = pickle.loads(pickle.dumps(config))
+    assert (sent.model, sent.model_path, sent.tokenizer_path) == ("ckpt", "ckpt/model", "")

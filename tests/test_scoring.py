@@ -6,11 +6,11 @@ python -m pytest tests/test_scoring.py
 import json
 
 import pytest
-from conftest import LengthJudge
 
 import scoring
 from judges import base as judges
-from utils import StageError, read_jsonl
+from records import Record, read
+from utils import StageError
 
 
 def samples(prompt_id, *texts, prompt="x"):
@@ -30,7 +30,7 @@ def template(tmp_path):
 
 
 def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path, template, monkeypatch):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
     train = [
         samples("a", "yes", "no", "yes"),
         samples("b", "no", "no", "no"),
@@ -47,7 +47,7 @@ def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path,
         gpus="none",
         chunk_size=2,
     )
-    (a, b), (c,) = (list(read_jsonl(path)) for path in outputs)
+    (a, b), (c,) = (list(read(path, Record)) for path in outputs)
     assert a == train[0] | {
         "win_probs": [[None, 0.75, 0.5], [0.25, None, 0.25], [0.5, 0.75, None]],
         "order_gap": 0,
@@ -59,11 +59,11 @@ def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path,
         "label_mass": None,
     }
     assert c == test[0] | {"win_probs": [[None, 0.25], [0.75, None]], "order_gap": 0, "label_mass": 1}
-    assert list(read_jsonl(tmp_path / "train.scores.skipped.jsonl")) == [{"prompt_id": "c", "skipped": "too long"}]
+    assert list(read(tmp_path / "train.scores.skipped.jsonl", Record)) == [{"prompt_id": "c", "skipped": "too long"}]
 
 
 def test_main_compares_policies_with_the_same_start_of_the_judge(some_model, jsonl, tmp_path, template, monkeypatch):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
     files = {
         name: str(jsonl(f"{name}.jsonl", samples("a", text), samples("b", "x")))
         for name, text in (("new", "yes"), ("start", "no"))
@@ -71,8 +71,8 @@ def test_main_compares_policies_with_the_same_start_of_the_judge(some_model, jso
     train = str(jsonl("train.jsonl", samples("a", "yes", "no")))
     options = dict(judge=some_model, template=template, gpus="none", responses=files["new"], baseline=files["start"])
     scoring.main(train, str(tmp_path / "scores.jsonl"), compared=str(tmp_path / "vs_start.jsonl"), **options)
-    assert len(list(read_jsonl(tmp_path / "scores.jsonl"))) == 1
-    assert [record["win_probs"][0][1] for record in read_jsonl(tmp_path / "vs_start.jsonl")] == [0.75, 0.5]
+    assert len(list(read(tmp_path / "scores.jsonl", Record))) == 1
+    assert [record["win_probs"][0][1] for record in read(tmp_path / "vs_start.jsonl", Record)] == [0.75, 0.5]
     assert json.loads((tmp_path / "vs_start.json").read_text())["mean_win_prob"] == 0.625
     with pytest.raises(StageError, match="--compared has 2"):
         scoring.main(train, str(tmp_path / "other.jsonl"), compared="a.jsonl,b.jsonl", **options)

@@ -25,7 +25,6 @@ from utils import (
     StageError,
     check_at_least,
     check_input,
-    check_made_with,
     die_with_parent,
     dump_json,
     fingerprint,
@@ -35,6 +34,7 @@ from utils import (
     sync,
     write_text,
 )
+from workers.journal import check_fingerprint
 
 
 @dataclass
@@ -393,7 +393,7 @@ class Trainer:
         if not points:
             return None
         progress = json.loads(points[max(points)].read_text())
-        check_made_with(self.output, "an unfinished run", progress["made_with"], self.made_with)
+        check_fingerprint(self.output, "an unfinished run", progress["made_with"], self.made_with)
         return progress
 
     def resume(self, progress):

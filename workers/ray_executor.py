@@ -1,25 +1,22 @@
-"""`workers.map_chunks` on a Ray cluster (--engine ray): the same work in actors on all GPUs of the cluster.
+"""Workers as actors of a Ray cluster (--engine ray): the same work on all GPUs of the cluster.
 
-Ray places the actors, notices when one or its node is lost, and starts it again where there is room; a chunk that was
-lost with it goes to the next actor that is free. The project's folder, the models, and the files of the experiment
-should be under the same path on every node: a shared file system, or models from the Hub. Ray is an optional package
-(pip install ray).
+Ray places the actors, waits for room where there is none, and notices when one or its node is lost. The project's
+folder, the models, and the files of the experiment should be under the same path on every node: a shared file system,
+or models from the Hub. Ray is an optional package (pip install ray).
 """
 
-import itertools
 import os
 import socket
 import threading
-import time
+from collections.abc import Callable, Iterator
 
 from utils import StageError, log
-from workers.pool import IN_FLIGHT, Chunk, retry
+from workers.scheduler import IN_FLIGHT
+from workers.worker import Work, Worker, prepare_threads
 
-MAX_RESTARTS = 100  # of an actor; a record that ends its actor is found by halving its chunk, over some ten of them
 
-
-def connect(pool):
-    """Join the cluster; returns the number of actors for this PoolConfig.
+def connect(gpus: str, tensor_parallel_size: int, cpu_workers: int) -> tuple[int, bool]:
+    """Join the cluster; returns the number of actors that PoolConfig's settings ask for, and whether they have GPUs.
 
     Raises StageError when there is no Ray, no cluster, or not enough of it.
     """
@@ -38,150 +35,107 @@ def connect(pool):
             f"no Ray cluster at {address} ({error}); start one (ray start --head, on the other nodes ray start "
             "--address=...), or name it in RAY_ADDRESS"
         ) from None
-    if pool.gpus not in ("auto", "none"):
-        raise StageError(f"--gpus {pool.gpus}: with --engine ray, Ray hands out the GPUs; give auto or none")
-    resources = ray.cluster_resources()
-    gpus = 0 if pool.gpus == "none" else int(resources.get("GPU", 0))
-    if (gpus and gpus < pool.gpus_per_worker) or (not gpus and pool.gpus_per_worker > 1):
-        raise StageError(f"--gpus_per_worker {pool.gpus_per_worker}, but Ray's cluster has {gpus} GPUs")
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    count = gpus // pool.gpus_per_worker if gpus else pool.cpu_workers
-    log.info(
-        "%d actor%s on %d Ray node%s (%s)",
-        count,
-        "s" * (count > 1),
-        len(nodes),
-        "s" * (len(nodes) > 1),
-        f"{gpus} GPUs" if gpus else "CPU",
-    )
-    return count
+    if gpus not in ("auto", "none"):
+        raise StageError(f"--gpus {gpus}: with --engine ray, Ray hands out the GPUs; give auto or none")
+    found = 0 if gpus == "none" else int(ray.cluster_resources().get("GPU", 0))
+    if (found and found < tensor_parallel_size) or (not found and tensor_parallel_size > 1):
+        raise StageError(f"--tensor_parallel_size {tensor_parallel_size}, but Ray's cluster has {found} GPUs")
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    count = found // tensor_parallel_size if found else cpu_workers
+    where = f"{nodes} Ray node{'s' * (nodes > 1)} ({f'{found} GPUs' if found else 'CPU'})"
+    log.info("%d actor%s on %s", count, "s" * (count > 1), where)
+    return count, bool(found)
 
 
 class Actor:
     """The work of one worker process; IN_FLIGHT threads call it, one of which moves the work on at a time."""
 
-    def __init__(self, make_work, on_gpu):
+    def __init__(self, make_work: Callable[[], Work], on_gpu: bool):
         if not on_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self.lock, self.finished, self.error, self.work = threading.Lock(), {}, None, None
+        prepare_threads()
+        self.lock, self.found, self.error = threading.Lock(), {}, None
         try:
-            self.work = make_work()
+            self.worker = Worker(make_work())
         except StageError as error:
             self.error = str(error)
 
-    def ready(self):
+    def ready(self) -> str | None:
+        """None, or the message of the StageError that its start has raised."""
         return self.error
 
-    def run(self, number, tasks):
-        """('done', results) or ('error', message of a StageError)."""
+    def run(self, number: int, tasks: dict | None = None) -> list[tuple]:
+        """Begin the chunk of this number, or go on with it without `tasks`; returns its next events."""
         try:
-            with self.lock:
-                self.work.begin(number, tasks)
+            if tasks is not None:
+                with self.lock:
+                    self._keep(self.worker.begin(number, tasks))
             while True:
                 with self.lock:
-                    if number in self.finished:
-                        return "done", self.finished.pop(number)
-                    self.finished.update(self.work.step())
+                    if number in self.found:
+                        return self.found.pop(number)
+                    self._keep(self.worker.step())
         except StageError as error:
-            return "error", str(error)
+            return [("error", number, str(error))]
+
+    def _keep(self, events):
+        for event in events:
+            self.found.setdefault(event[1], []).append(event)
 
 
-class _Remote:
-    """An actor as its owner sees it."""
+class RayExecutor:
+    """Actors of the cluster that RAY_ADDRESS names; `make_work()` is called once in each.
 
-    def __init__(self, actor):
-        self.actor, self.chunks = actor, []
-        self.start()
+    See scheduler.Executor for its methods.
 
-    def start(self):
-        """It is, or will be, starting: `starting` answers once it is there, again where Ray has to restart it."""
-        self.is_ready, self.since = False, time.monotonic()
-        self.starting = self.actor.ready.options(max_task_retries=-1).remote()
+    Raises StageError as `connect` does.
+    """
 
-    def takes(self, chunk):
-        """As `workers._Worker.takes`: a chunk that an actor was lost over goes alone."""
-        return self.is_ready and (
-            not self.chunks
-            or (len(self.chunks) < IN_FLIGHT and not any(other.losses for other in (chunk, *self.chunks)))
-        )
+    waits_for_room = True
 
+    def __init__(self, make_work: Callable[[], Work], gpus: str, tensor_parallel_size: int, cpu_workers: int):
+        self.count, self.on_gpu = connect(gpus, tensor_parallel_size, cpu_workers)
+        import ray
 
-def map_chunks(make_work, chunks, count, pool, give_up):
-    """Yield `(tasks, results)` for every chunk, as `workers.map_chunks` does, from `count` actors."""
-    import ray
-    from ray.exceptions import RayActorError, RayError
+        num_gpus = tensor_parallel_size if self.on_gpu else 0
+        self.kind = ray.remote(Actor).options(num_cpus=1, num_gpus=num_gpus, max_concurrency=IN_FLIGHT)
+        self.make_work, self.actors = make_work, {}
+        self.running = {}  # Ray's reference: (slot, number of its chunk; None while it starts)
 
-    on_gpu = pool.gpus != "none" and ray.cluster_resources().get("GPU", 0) > 0
-    kind = ray.remote(Actor).options(
-        num_cpus=1, num_gpus=pool.gpus_per_worker if on_gpu else 0, max_restarts=MAX_RESTARTS, max_concurrency=IN_FLIGHT
-    )
-    chunks, redo, numbers = map(Chunk, chunks), [], itertools.count()
-    chunk = next(chunks, None)
-    remotes = [_Remote(kind.remote(make_work, on_gpu)) for _ in range(count)] if chunk else []
-    running = {remote.starting: (remote, None) for remote in remotes}  # reference: (remote, its chunk; None: it starts)
+    def __len__(self) -> int:
+        return self.count
 
-    def hand(remote, own):
-        remote.chunks.append(own)
-        remote.since = time.monotonic()
-        running[remote.actor.run.remote(next(numbers), own.tasks)] = remote, own
+    def start(self, slot: int) -> str:
+        self.actors[slot] = self.kind.remote(self.make_work, self.on_gpu)
+        self.running[self.actors[slot].ready.remote()] = slot, None
+        return "an actor of Ray's"
 
-    try:
-        while chunk or redo or any(remote.chunks for remote in remotes):
-            for _ in range(IN_FLIGHT):
-                for remote in remotes:
-                    if redo and remote.takes(redo[0]):
-                        hand(remote, redo.pop(0))
-                    elif chunk and remote.takes(chunk):
-                        hand(remote, chunk)
-                        chunk = next(chunks, None)
-            if not running:
-                raise StageError(f"all of Ray's actors were lost, {MAX_RESTARTS} times each; see Ray's logs (ray logs)")
-            done, _ = ray.wait(list(running), timeout=5)
-            late = [
-                remote
-                for remote in remotes
-                if pool.stall_timeout and time.monotonic() - remote.since > pool.stall_timeout
-            ]
-            if not done and late and not any(remote.is_ready for remote in remotes):
-                raise StageError(
-                    f"no actor of Ray's was there after {pool.stall_timeout:g} s (--stall_timeout); has the "
-                    "cluster room for them (ray status)?"
-                )
-            for remote in late:
-                if remote.chunks:
-                    log.warning("an actor of Ray's made no progress for %g s (--stall_timeout)", pool.stall_timeout)
-                    remote.since = time.monotonic()
-                    ray.kill(remote.actor, no_restart=False)
-            for reference in done:
-                remote, own = running.pop(reference)
-                if own:
-                    remote.chunks.remove(own)
-                try:
-                    value = ray.get(reference)
-                except RayError as error:
-                    lines = str(error).strip().splitlines()
-                    reason = f"an actor of Ray's was lost: {lines[0]}" + (f" ... {lines[-1]}" if len(lines) > 1 else "")
-                    log.warning("%s", reason)
-                    if own is None:  # it will not come back
-                        continue
-                    if remote.is_ready:
-                        if not isinstance(error, RayActorError):  # an exception in its work: a new process
-                            ray.kill(remote.actor, no_restart=False)
-                        remote.start()
-                        running[remote.starting] = remote, None
-                    retried, culprit = retry(own)
-                    redo += retried
-                    if culprit:
-                        yield culprit, [give_up(culprit[0], reason)]
-                    continue
-                kind_of_answer, value = ("ready", value) if own is None else value
-                if kind_of_answer == "error" or (own is None and value):
-                    raise StageError(f"an actor of Ray's failed:\n{value}")
-                remote.since = time.monotonic()
-                if own is None:
-                    remote.is_ready = True
-                else:
-                    yield own.tasks, value
-    finally:
-        for remote in remotes:
-            ray.kill(remote.actor)
+    def send(self, slot: int, number: int, tasks: dict) -> None:
+        self.running[self.actors[slot].run.remote(number, tasks)] = slot, number
+
+    def events(self) -> Iterator[tuple]:
+        import ray
+
+        done, _ = ray.wait(list(self.running), timeout=1)
+        for reference in done:
+            slot, number = self.running.pop(reference)
+            try:
+                value = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                lines = str(error).strip().splitlines()
+                yield slot, "lost", None, "was lost: " + "\n".join(lines)
+                continue
+            if number is None:
+                yield slot, "error" if value else "ready", None, value
+                continue
+            if value[-1][0] == "failed":  # there is more to come
+                self.running[self.actors[slot].run.remote(number)] = slot, number
+            for event in value:
+                yield slot, *event
+
+    def stop(self, slot: int, wait: float = 0) -> None:
+        import ray
+
+        if slot in self.actors:
+            ray.kill(self.actors.pop(slot))
+        self.running = {reference: own for reference, own in self.running.items() if own[0] != slot}
