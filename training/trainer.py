@@ -138,8 +138,9 @@ class Trainer:
         self.compute_loss, self.config = compute_loss, config
         settings, output = method | asdict(config), Path(config.output)
         check_output(output)
-        for path in filter(None, (config.input, config.validation)):
-            check_input(path)
+        check_input(config.input)
+        if config.validation:
+            check_input(config.validation)
         model_dir = resolve_model(config.model)
         tokenizer_dir = config.tokenizer and resolve_tokenizer(model_dir, config.tokenizer)
         check_apart(output, model_dir, tokenizer_dir, config.input, config.validation)
