@@ -5,7 +5,11 @@
 
     h = [log pi(w) - log pi_ref(w)] - [the same for l],   loss = -log sigmoid(beta h)
 
-DPO is one such step from the reference; iterative DPO takes the last policy as reference in every iteration.
+DPO is one such step from the reference; iterative DPO takes the last policy as the reference in every iteration.
+
+Assumes: --model is the last policy, the one that `last_*` belongs to; training stops where its log-probabilities are
+not the stored ones. The loss itself uses `ref_*` alone. get_logprobs.py was launched as this is, in the same precision.
+Input: see records.py.
 """
 
 from losses import dpo_loss

@@ -5,16 +5,18 @@
 
 Input: pairs files of data_processing.py, or any file in TRL's conversational preference format (`prompt`, `chosen`,
 `rejected` message lists); text that comes without token ids is tokenised here, and ends with the end token.
-Output, in input order: the input's fields and
-    last_chosen_logp, last_rejected_logp   float, log-probability under --model, summed over response tokens
-    ref_chosen_logp, ref_rejected_logp     float, the same under --reference
-    chosen_num_tokens, rejected_num_tokens int
+Output: the input's records in their order, with `last_chosen_logp`, `last_rejected_logp`, `ref_chosen_logp`,
+`ref_rejected_logp`, `chosen_num_tokens` and `rejected_num_tokens` (see records.py).
 
-Natural logarithms; the end token counts where it was sampled. They come from the forward path and precision of
-training (launch both the same way), so that training can check that it starts from the last policy. Each model is
-loaded once, and only one when both are the same. What is finished is kept in `<output>.last.partial` and
-`<output>.ref.partial`: a run that was killed goes on there. Exit code 0 means that every pair of the input is in the
-output.
+The log-probabilities are natural logarithms, summed over the response tokens, the end token among them where it was
+sampled. They come from the forward path and the precision of training, so that training can check that it starts from
+the last policy. Each model is loaded once, and only one when both are the same. What is finished is kept in
+`<output>.last.partial` and `<output>.ref.partial`: a run that was killed goes on there. Exit code 0 means that every
+pair of the input is in the output.
+
+Assumes: --model is the policy that the responses were sampled from; nothing here can see it, but training will. Both
+models have the same tokenizer (that is checked). This stage is launched as training will be: the same accelerate
+configuration, above all the same precision.
 """
 
 import itertools
@@ -26,18 +28,50 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from data_utils import check_vocabulary, check_weights, load_tokenizer, model_fingerprint, resolve_model
+from data_utils import (
+    check_vocabulary,
+    check_weights,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+    resolve_tokenizer,
+)
 from records import Data, writer
 from training.datasets import UnscoredPairDataset
 from training.logps import response_logps
-from training.trainer import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
+from training.models import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
 from utils import StageError, check_at_least, file_lists, fingerprint, log, run
 from workers.journal import Journal
 
 GATHER_EVERY = 64  # forward passes between two exchanges among processes
 
 
-def model_logps(name, datasets, journals, tokens, accelerator):
+def load_pairs(paths, model_dirs, tokenizer_dir, max_length):
+    """The data sets of the files, which all models can take. Raises StageError where one lacks weights or has another
+    tokenizer than the first."""
+    tokenizer = load_tokenizer(model_dirs[0], tokenizer_dir)
+    for model_dir in model_dirs:
+        check_weights(model_dir)
+        check_vocabulary(tokenizer, tokenizer_dir or model_dirs[0], model_dir)
+    vocab_size = min(map(vocabulary_size, model_dirs))
+    return [UnscoredPairDataset(path, tokenizer, max_length, vocab_size) for path in paths]
+
+
+def open_journals(label, model_dir, tokenizer, inputs, outputs, accelerator):
+    """What was already computed under one model: a Journal for each file, held by the first process.
+
+    Raises StageError where it was computed from other files, with another model, or in another precision.
+    """
+    if not accelerator.is_main_process:
+        return []
+    made = {"model": model_fingerprint(model_dir), "tokenizer": tokenizer, "precision": accelerator.mixed_precision}
+    return [
+        Journal(f"{target}.{label}", made | {"contents of --input": fingerprint(Path(source))})
+        for source, target in zip(inputs, outputs)
+    ]
+
+
+def model_logps(model_dir, datasets, journals, tokens, accelerator):
     """[[(chosen, rejected) summed log-probabilities of each pair] of each data set] under one model.
 
     Batches are the same wherever an earlier run was stopped; those that `journals` (the main process's, one a data set)
@@ -48,7 +82,7 @@ def model_logps(name, datasets, journals, tokens, accelerator):
     ]
     (finished,) = broadcast_object_list([finished])
     if not all(map(all, finished)):
-        model = load_model(name)
+        model = load_model(model_dir)
         # Under FSDP 2 accelerate shards a model only with an optimiser; this one keeps no state and never steps.
         model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
         model.eval()
@@ -59,7 +93,7 @@ def model_logps(name, datasets, journals, tokens, accelerator):
                 total=len(dataset),
                 initial=len(dataset) - sum(map(len, left)),
                 unit="pair",
-                desc=f"log-probabilities {name}",
+                desc=f"log-probabilities {model_dir}",
                 disable=not accelerator.is_main_process,
             )
             for found in compute(model, dataset, list(local_batches(left, accelerator)), accelerator):
@@ -118,10 +152,10 @@ def main(
     """Add the log-probabilities under the last policy and the reference to pairs.
 
     Args:
-        model: the last policy, that the responses were sampled from: checkpoint directory or Hub id
-        reference: likewise
-        input: pairs file(s), comma-separated
-        output: data file(s), as many
+        model: the last policy, which the responses were sampled from: a checkpoint directory or Hub id
+        reference: the reference policy: a checkpoint directory or Hub id
+        input: one pairs file, or several separated by commas
+        output: the data files, one for each input
         tokenizer: directory or Hub id; default: the model's
         micro_batch_tokens: positions of a forward pass on one process, padding included; at 0 each pair goes alone, as
             longer ones always do: no padding, and values that do not depend on neighbours
@@ -130,26 +164,18 @@ def main(
     check_at_least(0, micro_batch_tokens=micro_batch_tokens)
     check_at_least(1, max_length=max_length)
     inputs, outputs = file_lists(input=input, output=output)
-    loaded = load_tokenizer(model, tokenizer)
     accelerator = start_accelerator(seed=0)
-    names = list(dict.fromkeys(map(resolve_model, (model, reference))))
-    for name in names:
-        check_weights(name)
-        check_vocabulary(loaded, tokenizer or model, name)
-    vocab_size = min(map(vocabulary_size, names))
-    datasets = [UnscoredPairDataset(path, loaded, max_length, vocab_size) for path in inputs]
-    journals = []  # one a model and file
-    for label, name in zip(("last", "ref"), names):
-        made_with = {"model": model_fingerprint(name), "tokenizer": tokenizer, "precision": accelerator.mixed_precision}
-        journals.append(
-            [
-                Journal(f"{target}.{label}", made_with | {"contents of --input": fingerprint(Path(source))})
-                for source, target in zip(inputs, outputs)
-            ]
-            if accelerator.is_main_process
-            else []
-        )
-    logps = [model_logps(name, datasets, own, micro_batch_tokens, accelerator) for name, own in zip(names, journals)]
+    model_dirs = list(dict.fromkeys(resolve_model(name) for name in (model, reference)))  # one where both are the same
+    tokenizer_dir = tokenizer and resolve_tokenizer(model_dirs[0], tokenizer)
+    datasets = load_pairs(inputs, model_dirs, tokenizer_dir, max_length)
+    journals = [
+        open_journals(label, model_dir, tokenizer, inputs, outputs, accelerator)
+        for label, model_dir in zip(("last", "ref"), model_dirs)
+    ]
+    logps = [
+        model_logps(model_dir, datasets, own, micro_batch_tokens, accelerator)
+        for model_dir, own in zip(model_dirs, journals)
+    ]
     if accelerator.is_main_process:
         for dataset, path, last, ref in zip(datasets, outputs, logps[0], logps[-1]):
             write(dataset, path, last, ref)

@@ -5,8 +5,12 @@
 
     h = [log pi(w) - log pi_ref(w)] - [the same for l],   loss = (h - 1/(2 eta))^2
 
-IPO is one such step from the reference; iterative IPO takes the last policy as reference in every iteration.
+IPO is one such step from the reference; iterative IPO takes the last policy as the reference in every iteration.
 (TRL's IPO divides the log-probabilities by the response length; this one, like the paper's, does not.)
+
+Assumes: --model is the last policy, the one that `last_*` belongs to; training stops where its log-probabilities are
+not the stored ones. The loss itself uses `ref_*` alone. get_logprobs.py was launched as this is, in the same precision.
+Input: see records.py.
 """
 
 from losses import ipo_loss

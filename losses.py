@@ -1,8 +1,8 @@
 """Sequence log-probabilities and the losses of COMAL, INPO, IPO, DPO and SFT: pure functions of tensors.
 
-Every loss takes log-probabilities *summed* over response tokens (natural log), shape (B,), and returns the
-per-pair losses (B,) without reduction. (TRL's IPO divides by the response length; these do not, see ALGORITHM in
-the README.) `chosen` is the response w, `rejected` is l. Names map to TRL's: `eta` of `ipo_loss` is its `beta`.
+Every loss takes log-probabilities summed over response tokens (natural log), shape (B,), and returns the losses of
+single pairs, (B,), without reduction. (TRL's IPO divides by the response length; these do not.) `chosen` is the
+response w, `rejected` is l. TRL's `beta` is `eta` in `ipo_loss`, `beta` in `dpo_loss`.
 """
 
 import torch

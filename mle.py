@@ -1,11 +1,14 @@
-"""Supervised fine-tuning (maximum likelihood) on chats: the starting model of every method.
+"""Supervised fine-tuning (maximum likelihood), which gives every method its initial policy: chats -> checkpoint.
 
     accelerate launch --config_file fsdp_config.yaml mle.py --model BASE --input data/sft.jsonl \\
         --validation data/sft_test.jsonl --output ckpt --learning_rate 2e-5 --warmup_ratio 0.03 --num_epochs 2
 
-Input, one JSON object a line: `messages`, a list of {role, content} that ends with the assistant's answer, and an
-optional `weight` (default 1). Only the answer and its end token are learnt. The loss is the mean negative
-log-likelihood per response token over the global batch. With --from_config training starts from random weights.
+Only the assistant's last answer in `messages` and its end token are learnt. The loss is the mean negative
+log-likelihood per response token over the global batch, each chat with its `weight` (default 1). With --from_config
+training starts from random weights.
+
+Assumes: the chat template of --model, or of --tokenizer, is the one that the chats should be written in. Input: see
+records.py.
 """
 
 from losses import mle_loss

@@ -7,7 +7,7 @@ Beside it stands a file of the same name that ends in .json, the summary: see `s
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 

@@ -26,7 +26,7 @@ from common import PeakMemory, forward_flops, make_model, make_pairs, matrix_rat
 
 from training import logps
 from training.logps import install_head, response_logps
-from training.trainer import micro_batches
+from training.models import micro_batches
 
 
 def plain_logps(model, pairs, device):

@@ -155,3 +155,6 @@ def tokenizers(model_dirs):
 @pytest.fixture(params=["policy", "judge"])
 def tokenizer(request, tokenizers):
     return tokenizers[request.param]
+
+
+from helpers.training import setting_fixture, train_fixture  # noqa: E402, F401

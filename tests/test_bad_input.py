@@ -20,8 +20,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.training import ROOT, read, save_model
 from test_comal import loop  # noqa: F401
-from training_fixtures import ROOT, read, save_model, setting_fixture  # noqa: F401
 
 from utils import fingerprint
 

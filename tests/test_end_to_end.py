@@ -282,12 +282,12 @@ def test_sampling_does_not_depend_on_workers_or_chunks(models, tmp_path):
 
 def test_scoring_reads_the_judge_exactly(finished, models):
     """The engine's label probabilities equal those of a plain forward pass, in both orders."""
-    from data_utils import encode_prompt, encode_text, load_tokenizer
+    from data_utils import encode_prompt, encode_text, load_tokenizer, resolve_model
     from judges.base import fill_template, read_template, split_labels
-    from training.trainer import load_model
+    from training.models import load_model
 
     exp, _ = finished
-    judge = str(models / "judge")
+    judge = resolve_model(models / "judge")
     tokenizer, model = load_tokenizer(judge), load_model(judge).eval()
     template = read_template(ROOT / "prompts/offsetbias.txt")
     prefix, labels = split_labels(*(encode_text(tokenizer, label) for label in ("Output (a)", "Output (b)")))

@@ -8,18 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from training_fixtures import (
+from helpers.training import (
+    FLOAT32,
     LOGP_FIELDS,
     column,
     launch_two,
     load,
     read,
     relative_difference,
+    run_here,
     save_model,
     words,
     write,
 )
+from safetensors.torch import load_file
 
 import inpo
 import mle
@@ -35,7 +37,8 @@ INPO = dict(
     learning_rate=3e-5,
     max_grad_norm=1.0,
 )
-FLOAT32 = 5e-6  # relative, of losses; measured: 4e-7
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +51,11 @@ def flags(setting, **changes):
 
 
 @pytest.fixture
-def one_process(setting, single_process, outputs):
+def one_process(setting, outputs):
     """The output directory of the same training in this process; done once."""
     output = outputs / "one"
     if not output.exists():
-        single_process(inpo.main, **flags(setting, output=str(output)))
+        run_here(inpo.main, **flags(setting, output=str(output)))
     return output
 
 
@@ -79,42 +82,29 @@ def check_against_one_process(name, output, expected, capsys):
     assert weights < 1e-6  # measured: 7e-8, where the four updates moved them by up to 9e-5
 
 
-def test_ddp_gives_the_losses_of_one_process(setting, outputs, one_process, capsys):
-    done = launch_two("inpo.py", *words(**flags(setting, output=outputs / "ddp")))
-    assert (
-        "global batch 6, dealt to 2 processes, 150 tokens a forward pass; 11 examples, 4 updates; MULTI_CPU, float32"
-        in done.stdout
-    )
-    check_against_one_process("DDP", outputs / "ddp", one_process, capsys)
-
-
-# ---------------------------------------------------------------------------------------------- FSDP 2
-
 # inpo.py, ended in both processes before the fourth update.
 STOPPED = """
 import runpy
-from training import trainer as train_utils
+from training.trainer import Trainer
 from utils import StageError
 
-class Trainer(train_utils.Trainer):
-    def update(self, step, indices):
-        if step == 3:
-            print(f"{len(list(self.output.glob('resume-3/*/*.distcp')))} shards")
-            raise StageError("stopped")
-        super().update(step, indices)
+def update(self, step, indices):
+    if step == 3:
+        print(f"{len(list(self.checkpoints.output.glob('resume-3/*/*.distcp')))} shards")
+        raise StageError("stopped")
+    return original(self, step, indices)
 
-original, train_utils.Trainer = train_utils.Trainer, Trainer
+original, Trainer.update = Trainer.update, update
 try:
     runpy.run_path("inpo.py", run_name="__main__")
 finally:
-    train_utils.Trainer = original
+    Trainer.update = original
 """
 
 
 @pytest.fixture(scope="module")
-def fsdp(setting, outputs):
-    """All runs under FSDP 2, in one launch: for each its `output` and `report` (see fsdp_on_cpu.py), and all that was
-    `printed`."""
+def runs(setting, outputs):
+    """All runs, in one launch: for each its `output` and `report` (see fsdp_on_cpu.py), and all that was `printed`."""
     untied_model = save_model(outputs / "untied-model", setting.config, seed=3, tie_word_embeddings=False)
     chats = write(
         outputs / "chats.jsonl", [{"messages": record["prompt"] + record["chosen"]} for record in setting.records]
@@ -126,7 +116,7 @@ def fsdp(setting, outputs):
     runs = SimpleNamespace(chats=chats, untied_model=untied_model)
     jobs = []
 
-    def job(name, script, flags, efficient=True, precision="no"):
+    def job(name, script, flags, efficient=True, precision="no", fsdp=True):
         run = SimpleNamespace(output=outputs / name, report=outputs / f"{name}.json")
         setattr(runs, name, run)
         jobs.append(
@@ -134,10 +124,12 @@ def fsdp(setting, outputs):
                 "script": script,
                 "argv": words(**flags | {"output": run.output}),
                 "report": run.report,
+                "fsdp": fsdp,
                 "env": {"FSDP_CPU_RAM_EFFICIENT_LOADING": efficient, "ACCELERATE_MIXED_PRECISION": precision},
             }
         )
 
+    job("ddp", "inpo.py", flags(setting), fsdp=False)
     job("float32", "inpo.py", flags(setting), efficient=False)
     job("efficient", "inpo.py", flags(setting, gradient_checkpointing=True))
     job("logprobs", "get_logprobs.py", logprobs)
@@ -162,16 +154,24 @@ def fsdp(setting, outputs):
     )
     job("refused", "inpo.py", flags(setting, input=one_off, global_batch_size=11))
     (outputs / "jobs.json").write_text(json.dumps(jobs, default=str))
-    runs.printed = launch_two("tests/fsdp_on_cpu.py", outputs / "jobs.json").stdout
+    runs.printed = launch_two("tests/helpers/fsdp_on_cpu.py", outputs / "jobs.json").stdout
     for run in vars(runs).values():
         if hasattr(run, "report"):
             run.report = json.loads(run.report.read_text())
     return runs
 
 
-def test_fsdp_shards_every_parameter_and_gathers_layer_by_layer(fsdp):
-    assert fsdp.float32.report["distributed_type"] == "FSDP"
-    for run in (fsdp.float32, fsdp.efficient, fsdp.logprobs, fsdp.untied):
+def test_ddp_gives_the_losses_of_one_process(runs, one_process, capsys):
+    assert (
+        "global batch 6, dealt to 2 processes, 150 tokens a forward pass; 11 examples, 4 updates; MULTI_CPU, float32"
+        in runs.printed
+    )
+    check_against_one_process("DDP", runs.ddp.output, one_process, capsys)
+
+
+def test_fsdp_shards_every_parameter_and_gathers_layer_by_layer(runs):
+    assert runs.float32.report["distributed_type"] == "FSDP"
+    for run in (runs.float32, runs.efficient, runs.logprobs, runs.untied):
         assert {"", "model.layers.0", "model.layers.1"} <= set(run.report["units"])
         shards = run.report["shards"]
         assert {
@@ -183,23 +183,23 @@ def test_fsdp_shards_every_parameter_and_gathers_layer_by_layer(fsdp):
             assert shapes, f"{name} is no DTensor"
             (rows, *rest), local = shapes
             assert local == [rows // 2, *rest], name
-    assert "lm_head.weight" in fsdp.untied.report["shards"] and "lm_head.weight" not in fsdp.float32.report["shards"]
+    assert "lm_head.weight" in runs.untied.report["shards"] and "lm_head.weight" not in runs.float32.report["shards"]
 
 
 @pytest.mark.parametrize("name", ["float32", "efficient"])
-def test_fsdp_gives_the_losses_and_the_checkpoint_of_one_process(fsdp, name, one_process, capsys):
+def test_fsdp_gives_the_losses_and_the_checkpoint_of_one_process(runs, name, one_process, capsys):
     # "efficient" also recomputes activations (--gradient_checkpointing).
-    check_against_one_process(f"FSDP 2, {name},", getattr(fsdp, name).output, one_process, capsys)
+    check_against_one_process(f"FSDP 2, {name},", getattr(runs, name).output, one_process, capsys)
 
 
-def test_fsdp_efficient_loading_reads_the_weights_in_one_process(fsdp):
-    assert all(norm > 1 for norm in fsdp.float32.report["loaded_norms"])
-    assert [norm > 1 for norm in fsdp.efficient.report["loaded_norms"]] == [True, False]
-    assert [norm > 1 for norm in fsdp.logprobs.report["loaded_norms"]] == [True, False]
+def test_fsdp_efficient_loading_reads_the_weights_in_one_process(runs):
+    assert all(norm > 1 for norm in runs.float32.report["loaded_norms"])
+    assert [norm > 1 for norm in runs.efficient.report["loaded_norms"]] == [True, False]
+    assert [norm > 1 for norm in runs.logprobs.report["loaded_norms"]] == [True, False]
 
 
-def test_fsdp_gathers_a_checkpoint_that_transformers_loads(fsdp, setting):
-    for output, tied in ((fsdp.efficient.output, True), (fsdp.untied.output, False)):
+def test_fsdp_gathers_a_checkpoint_that_transformers_loads(runs, setting):
+    for output, tied in ((runs.efficient.output, True), (runs.untied.output, False)):
         tensors = load_file(output / "model/model.safetensors")
         assert ("lm_head.weight" in tensors) != tied
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -215,50 +215,50 @@ def test_fsdp_gathers_a_checkpoint_that_transformers_loads(fsdp, setting):
         }
 
 
-def test_fsdp_trains_models_with_a_head_of_their_own_and_from_random_weights(fsdp, setting, single_process, tmp_path):
-    single_process(
+def test_fsdp_trains_models_with_a_head_of_their_own_and_from_random_weights(runs, setting, tmp_path):
+    run_here(
         mle.main,
-        model=fsdp.untied_model,
-        input=fsdp.chats,
+        model=runs.untied_model,
+        input=runs.chats,
         output=str(tmp_path / "untied"),
         global_batch_size=8,
         num_epochs=1,
         learning_rate=3e-5,
     )
-    assert relative_difference(column(fsdp.untied.output, "loss"), column(tmp_path / "untied", "loss")) < FLOAT32
-    single_process(
+    assert relative_difference(column(runs.untied.output, "loss"), column(tmp_path / "untied", "loss")) < FLOAT32
+    run_here(
         mle.main,
         model=setting.config,
         from_config=True,
-        input=fsdp.chats,
+        input=runs.chats,
         output=str(tmp_path / "random"),
         global_batch_size=11,
         num_epochs=1,
     )
-    assert relative_difference(column(fsdp.random.output, "loss"), column(tmp_path / "random", "loss")) < FLOAT32
+    assert relative_difference(column(runs.random.output, "loss"), column(tmp_path / "random", "loss")) < FLOAT32
 
 
-def test_fsdp_get_logprobs_equals_the_plain_computation_in_order(fsdp, setting):
-    for record, expected in zip(read(fsdp.logprobs.output), setting.records, strict=True):
+def test_fsdp_get_logprobs_equals_the_plain_computation_in_order(runs, setting):
+    for record, expected in zip(read(runs.logprobs.output), setting.records, strict=True):
         assert record["prompt_id"] == expected["prompt_id"]
         for name in LOGP_FIELDS:
             assert record[name] == pytest.approx(expected[name], abs=2e-5)  # measured: 5e-6
 
 
-def test_fsdp_bfloat16_reduces_and_returns_float32(fsdp, setting, capsys):
-    for run in (fsdp.bf16, fsdp.logprobs_bf16):
+def test_fsdp_bfloat16_reduces_and_returns_float32(runs, setting, capsys):
+    for run in (runs.bf16, runs.logprobs_bf16):
         assert run.report["policies"] == [
             "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, "
             "output_dtype=torch.float32, cast_forward_inputs=True)"
         ]
         assert run.report["logps_dtypes"] == ["torch.float32"]
-    assert "bfloat16" not in "".join(fsdp.float32.report["policies"])
+    assert "bfloat16" not in "".join(runs.float32.report["policies"])
     rounding = max(
         abs(record[name] - expected[name])
         for name in LOGP_FIELDS
-        for record, expected in zip(read(fsdp.logprobs_bf16.output), setting.records, strict=True)
+        for record, expected in zip(read(runs.logprobs_bf16.output), setting.records, strict=True)
     )
-    distance = abs(column(fsdp.bf16.output, "normalised_loss")[0] - 1)
+    distance = abs(column(runs.bf16.output, "normalised_loss")[0] - 1)
     with capsys.disabled():
         print(
             f" [FSDP 2 in bfloat16: log-probabilities off the float32 ones by {rounding:.2f} nats, normalised loss "
@@ -267,18 +267,18 @@ def test_fsdp_bfloat16_reduces_and_returns_float32(fsdp, setting, capsys):
         )
     assert 1e-3 < rounding < 0.5  # measured: 0.15
     assert distance < 1e-6  # get_logprobs.py took the same path: measured 0
-    assert {tensor.dtype for tensor in load_file(fsdp.bf16.output / "model/model.safetensors").values()} == {
+    assert {tensor.dtype for tensor in load_file(runs.bf16.output / "model/model.safetensors").values()} == {
         torch.float32
     }
 
 
 @pytest.mark.parametrize("select", ["best", "last"])
-def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(fsdp, outputs, select):
-    whole, stopped, resumed = (getattr(fsdp, f"{name}_{select}") for name in ("whole", "stopped", "resumed"))
+def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(runs, outputs, select):
+    whole, stopped, resumed = (getattr(runs, f"{name}_{select}") for name in ("whole", "stopped", "resumed"))
     assert stopped.report["exit_codes"] == [1, 1] and resumed.report["exit_codes"] == [0, 0]
-    assert fsdp.printed.count("resuming after step 3 of 4") == 2
+    assert runs.printed.count("resuming after step 3 of 4") == 2
     assert (
-        fsdp.printed.count("4 shards") == 4
+        runs.printed.count("4 shards") == 4
     )  # of weights and of optimiser, one a process; seen by two processes, twice
     for name in ("step", "loss", "grad_norm", "kl_last", "validation_loss"):
         assert column(stopped.output, name) == column(whole.output, name), name
@@ -293,6 +293,6 @@ def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(fsdp, outputs, select):
     }
 
 
-def test_fsdp_refuses_in_all_processes_what_one_of_them_has_seen(fsdp):
-    assert fsdp.refused.report["exit_codes"] == [1, 1] and "by up to 1 nats" in fsdp.printed
-    assert fsdp.float32.report["exit_codes"] == [0, 0]
+def test_fsdp_refuses_in_all_processes_what_one_of_them_has_seen(runs):
+    assert runs.refused.report["exit_codes"] == [1, 1] and "by up to 1 nats" in runs.printed
+    assert runs.float32.report["exit_codes"] == [0, 0]

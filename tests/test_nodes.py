@@ -13,8 +13,8 @@ import uuid
 
 import pytest
 from conftest import ROOT
+from helpers.training import read, relative_difference
 from test_comal import wait_until
-from training_fixtures import read, relative_difference
 
 SETTINGS = {
     "RECIPE": "demo",

@@ -16,7 +16,7 @@ import pytest
 from conftest import RecordWork
 from worker_fixtures import alive, no_child_left, note, notes  # noqa: F401
 
-from records import Record, read
+from records import Prompt, Record, read
 from utils import StageError
 from workers.journal import Skipped
 from workers.pool import PoolConfig, _chunks, map_files, worker_environments
@@ -307,7 +307,6 @@ def test_map_files_fails_without_an_output_when_all_is_skipped(tmp_path):
 def test_map_files_checks_every_record_before_it_starts(tmp_path, jsonl):
     good = jsonl("good.jsonl", {"prompt_id": "a", "prompt": "x"})
     bad = jsonl("bad.jsonl", {"prompt_id": "a", "prompt": "x"}, {"prompt_id": "b"})
-    fields = {"prompt_id": str, "prompt": str}
     jobs = [(partial(read, path, Prompt), tmp_path / "out" / path.name, {}) for path in (good, bad)]
     with pytest.raises(StageError, match="bad.jsonl, line 2: field 'prompt' is missing"):
         map_files(jobs, partial(start, answered, tmp_path), PoolConfig(gpus="none"), "working")

@@ -3,8 +3,8 @@
     rows = [(prompt ids, [response ids, ...]), ...]        lists of token ids; a pair is a prompt with two responses
     response_logps(model, rows)                            summed log-probabilities, float32
 
-- The responses to a prompt lie behind it in one row, [prompt][chosen][rejected]; a mask keeps them apart and position
-  ids begin anew, so the prompt is computed once.
+- A prompt and all of its responses make one row, [prompt][chosen][rejected]; a mask keeps the responses apart and
+  their position ids begin anew, so the prompt is computed once.
 - The output layer (`ResponseHead`) sees the positions that predict a response token, and no others. It goes through
   them block by block: a matrix of positions x vocabulary exists in bfloat16, for the gradient, where that is the
   precision of the matrix products, and never in float32: there the gradient computes the blocks again.
@@ -15,19 +15,21 @@ and each layer attends to all positions that the mask allows. Others take the pl
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from losses import sequence_logps
 
 MODEL_TYPES = {"gemma", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
 ROWS, TILE = 512, 4096  # positions and vocabulary entries of a block
 
+Rows = list[tuple[list[int], list[list[int]]]]  # [(prompt ids, [response ids, ...])]
 
-def response_logps(model, rows, device=None):
+
+def response_logps(model: nn.Module, rows: Rows, device: torch.device | None = None) -> Tensor:
     """Summed log-probability of each response, float32: the one forward path of training and of stored values.
 
     Args:
-        model: of `trainer.load_model`, perhaps wrapped by accelerate.
+        model: of `models.load_model`, perhaps wrapped by accelerate.
         rows: [(prompt ids, [response ids, ...])], the same number R of responses in each row.
         device: of the input; default: the model's.
 
@@ -52,8 +54,8 @@ def response_logps(model, rows, device=None):
     return sum_by_owner(token_logps, owner, len(rows) * len(rows[0][1]))
 
 
-def lay_out(rows, device="cpu"):
-    """Tensors of rows with their responses behind each other.
+def lay_out(rows: Rows, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Tensors of rows with their responses one after another.
 
     Two rows with the prompts [5, 6] and [1] and the responses [7, 8], [9] and [2], [3] become
         input_ids     [[5, 6, 7, 8, 9],     position_ids  [[0, 1, 2, 3, 2],
@@ -94,7 +96,7 @@ def lay_out(rows, device="cpu"):
     return batch | {"attention_mask": (((key == 0) | (key == query)) & causal)[:, None]}
 
 
-def sum_by_owner(token_logps, owner, count):
+def sum_by_owner(token_logps: Tensor, owner: Tensor, count: int) -> Tensor:
     """Sums in float64, as float32: sequential float32 sums of long responses lose 1e-3."""
     return (
         torch.zeros(count, dtype=torch.float64, device=token_logps.device)
@@ -103,8 +105,8 @@ def sum_by_owner(token_logps, owner, count):
     )
 
 
-def plain_logps(model, rows, device):
-    """`response_logps` the plain way, for any causal model: each response in a row of its own behind its prompt, logits
+def plain_logps(model: nn.Module, rows: Rows, device: torch.device | str) -> Tensor:
+    """`response_logps` the plain way, for any causal model: each response in a row of its own after its prompt, logits
     from the first response token of the batch on."""
     sequences = [(prompt, responses[side]) for side in range(len(rows[0][1])) for prompt, responses in rows]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
@@ -127,7 +129,7 @@ def plain_logps(model, rows, device):
 # ---------------------------------------------------------------------------------------------- the output layer
 
 
-def install_head(model):
+def install_head(model: nn.Module) -> nn.Module:
     """Give a model of MODEL_TYPES a ResponseHead in place of its output layer; leave others as they are."""
     config = model.config
     layers = getattr(config, "layer_types", None) or ["full_attention"]

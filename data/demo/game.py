@@ -208,11 +208,12 @@ def answer_probabilities(checkpoint, prompts):
     """Exact probability of each of the three answers, end token included: one list of three a prompt."""
     import torch
 
-    from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer
+    from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer, resolve_model
     from training.logps import response_logps
-    from training.trainer import load_model
+    from training.models import load_model
 
-    tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).eval()
+    directory = resolve_model(checkpoint)
+    tokenizer, model = load_tokenizer(directory), load_model(directory).eval()
     answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
     rows = [(encode_prompt(tokenizer, prompt), answers) for prompt in prompts]
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """What the tests of training share: tiny models, pairs for them, and the slow but plain computation to compare with."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOGP_FIELDS = ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
+FLOAT32 = 5e-6  # relative, of losses and gradient norms of computations that differ in batching, padding and summation
+# The margin's target is 25 nats, which the few small steps of a test do not reach: near it the loss would be a small
+# difference of large numbers.
+ETA, R, BETA = 0.02, 0.25, 0.1
+INPO = dict(eta=ETA, tau_eta_ratio=R, global_batch_size=11, micro_batch_tokens=200, num_epochs=4, learning_rate=3e-5)
 
 
 def read(path):
@@ -93,6 +99,52 @@ def plain_logps(model, record):
     ]
 
 
+def pair_losses(model, records, eta=ETA, r=R):
+    """The INPO loss of each pair from its definition."""
+    import torch
+
+    def one(record):
+        chosen, rejected = plain_logps(model, record)
+        margin = (
+            chosen
+            - r * record["ref_chosen_logp"]
+            - (1 - r) * record["last_chosen_logp"]
+            - rejected
+            + r * record["ref_rejected_logp"]
+            + (1 - r) * record["last_rejected_logp"]
+        )
+        return (margin - 1 / (2 * eta)) ** 2
+
+    return torch.stack([one(record) for record in records])
+
+
+def swap(record):
+    """The pair with the label the other way round: training on one makes the other worse."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    return {
+        name.replace(side, other[side]) if (side := next((s for s in other if s in name), None)) else name: value
+        for name, value in record.items()
+    }
+
+
+def broken_model(setting, directory):
+    """The policy with a weight that is not a number."""
+    import torch
+
+    model = load(setting.policy)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    model.save_pretrained(directory)
+    setting.tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def saved_tensors(directory):
+    from safetensors.torch import load_file
+
+    return load_file(Path(directory) / "model.safetensors")
+
+
 @pytest.fixture(scope="session", name="setting")
 def setting_fixture(tmp_path_factory, model_dirs):
     """`policy` and `reference` (Qwen2 models), `pairs` (a file of 11) and `data` (with the log-probabilities of
@@ -127,31 +179,46 @@ def setting_fixture(tmp_path_factory, model_dirs):
 # ---------------------------------------------------------------------------------------------- running stages
 
 
-@pytest.fixture(name="single_process")
-def single_process_fixture(monkeypatch):
-    """A function that runs a stage's `main` in this process: on the CPU, with an Accelerator of its own, and on one
-    thread (two threads on busy cores wait for each other: 30 times slower)."""
+def environment(**changes):
+    """That of a process on one thread of the CPU, whatever launched this one."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    return clean | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | changes
+
+
+def run_here(main, mixed_precision="no", **flags):
+    """Run a stage's `main` in this process: on the CPU, with an Accelerator of its own, and on one thread (two threads
+    on busy cores wait for each other: 30 times slower)."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
-        monkeypatch.delenv(name)
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def run(main, **flags):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("ACCELERATE_", "FSDP_")) or name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+                patch.delenv(name)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("ACCELERATE_MIXED_PRECISION", mixed_precision)
+        torch.set_num_threads(1)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         try:
             main(**flags)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
+            torch.set_num_threads(threads)
 
-    yield run
-    torch.set_num_threads(threads)
+
+@pytest.fixture(name="train")
+def train_fixture(setting, tmp_path):
+    """A function that trains in this process, by default INPO on `setting`, and returns the output directory."""
+    import inpo
+
+    def run(main=inpo.main, output="ckpt", **flags):
+        defaults = dict(model=setting.policy, input=setting.data) | (INPO if main is inpo.main else {})
+        run_here(main, **(defaults | dict(output=str(tmp_path / output)) | flags))
+        return tmp_path / output
+
+    return run
 
 
 def words(**flags):
@@ -159,13 +226,12 @@ def words(**flags):
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-def launch(launcher_flags, *command, **environment):
+def launch(launcher_flags, *command):
     """`accelerate launch` on the CPU, one thread a process; returns the finished process."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launcher_flags, *map(str, command)],
         cwd=ROOT,
-        env=clean | {"OMP_NUM_THREADS": "1"} | environment,
+        env=environment(),
         text=True,
         timeout=240,
         stdout=subprocess.PIPE,
@@ -178,8 +244,4 @@ def launch(launcher_flags, *command, **environment):
 def launch_two(*command):
     """Two processes with fsdp_config.yaml in float32, on a port that the system chooses: on the CPU that means DDP over
     gloo. (`accelerate launch --cpu --num_processes 2` would start a single process.)"""
-    return launch(
-        ["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", "2"],
-        *command,
-        ACCELERATE_USE_CPU="true",
-    )
+    return launch(["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", "2"], *command)

@@ -1,7 +1,7 @@
-"""Run stages under real FSDP 2 on the CPU, one after another, in the processes of one launch:
+"""Run stages under real FSDP 2 (or DDP) on the CPU, one after another, in the processes of one launch:
 
     ACCELERATE_USE_CPU=true accelerate launch --config_file fsdp_config.yaml --num_processes 2 \\
-        tests/fsdp_on_cpu.py JOBS.json
+        tests/helpers/fsdp_on_cpu.py JOBS.json
 
 accelerate switches FSDP on for GPUs only: with this variable it starts the processes and hands them the settings of the
 YAML file, but trains with DDP. So its state is completed here as `AcceleratorState.__init__` does on GPUs, and nothing
@@ -11,6 +11,7 @@ JOBS.json: a list of
     script   str, a stage of the repository
     argv     list of str, its flags
     env      dict, environment variables of this job
+    fsdp     bool; otherwise it is DDP, as accelerate has it here, and `report` tells the exit codes alone
     report   str, where the first process writes what it saw (JSON):
              distributed_type    str
              shards              parameter -> [shape, local shape] if it is sharded, else null
@@ -27,22 +28,22 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import accelerate  # noqa: E402
 import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-from training import logps  # noqa: E402
+from training import logps, models  # noqa: E402
 
 seen = {}
 
 
-class FSDPAccelerator(accelerate.Accelerator):
+class FSDPAccelerator(Accelerator):
     """What `Accelerator()` is on GPUs under fsdp_config.yaml; notes what becomes of the model."""
 
     def __init__(self, **settings):
@@ -95,20 +96,20 @@ def run(job):
 
 
 def main(jobs_path):
-    accelerate.Accelerator = FSDPAccelerator
     PartialState.destroy_process_group = lambda self, group=None: None  # only after the last job
     logps.sum_by_owner = note_dtype(logps.sum_by_owner)
     for job in json.loads(Path(jobs_path).read_text()):
         os.environ |= {
             name: str(value).lower() if isinstance(value, bool) else value for name, value in job["env"].items()
         }
+        models.Accelerator = FSDPAccelerator if job["fsdp"] else Accelerator
         reset()
         seen.clear()
         code = run(job)
         seen["exit_codes"] = gather_object([code])
         if PartialState().is_main_process:
             Path(job["report"]).write_text(json.dumps(seen, default=sorted))
-    # Both are done, every report is on disk: leave without taking down the groups of nine jobs, in the last of which
+    # Both are done, every report is on disk: leave without taking down the groups of all jobs, in the last of which
     # training was refused between backward and step. Gloo's threads then abort now and then.
     torch.distributed.barrier()
     sys.stdout.flush()
