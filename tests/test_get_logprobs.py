@@ -16,7 +16,7 @@ from helpers.training import (
 
 import get_logprobs
 from data_utils import end_token_id
-from training.datasets import TOKEN_FIELDS
+from records import PAIR_KEYS
 from training.models import micro_batches
 from utils import StageError
 
@@ -85,7 +85,7 @@ def test_get_logprobs_goes_on_where_it_was_stopped(setting, tmp_path, monkeypatc
     """Stopped in the second model; of the last forward pass that was kept, one pair is torn on disk."""
     tokens = 150
     groups = micro_batches(
-        range(11), [sum(len(pair[name]) for name in TOKEN_FIELDS) for pair in setting.records], tokens
+        range(11), [sum(len(pair[name]) for name in PAIR_KEYS[1:]) for pair in setting.records], tokens
     )
     assert len(groups) > 4 and len(groups[2]) > 1
     expected, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
