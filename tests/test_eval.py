@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LengthJudge
 
 import eval
 from analysis.comparisons import join_responses, summarise, wins
@@ -131,7 +130,7 @@ def test_join_responses_refuses(jsonl, records, message):
 
 
 def compare(some_model, tmp_path, monkeypatch, ours, theirs, output):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     eval.compare(str(ours), str(theirs), str(output), judge=some_model, template=str(tmp_path / "t.txt"), gpus="none")
 
@@ -191,7 +190,7 @@ def test_play_by_hand():
 
 
 def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "offsetbias-lm", LengthJudge)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     files = [
         str(jsonl(f"{name}.jsonl", *(response(p, p * length, prompt) for p, prompt in (("p", "x"), ("q", prompt)))))

@@ -308,7 +308,7 @@ def test_map_files_checks_every_record_before_it_starts(tmp_path, jsonl):
     good = jsonl("good.jsonl", {"prompt_id": "a", "prompt": "x"})
     bad = jsonl("bad.jsonl", {"prompt_id": "a", "prompt": "x"}, {"prompt_id": "b"})
     jobs = [(partial(read, path, Prompt), tmp_path / "out" / path.name, {}) for path in (good, bad)]
-    with pytest.raises(StageError, match="bad.jsonl, line 2: field 'prompt' is missing"):
+    with pytest.raises(StageError, match="bad.jsonl, line 2: prompt_id b: field prompt is missing"):
         map_files(jobs, partial(start, answered, tmp_path), PoolConfig(gpus="none"), "working")
     assert not list(tmp_path.glob("pid-*")) and not (tmp_path / "out").exists()
 
