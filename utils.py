@@ -44,6 +44,7 @@ def run(*commands):
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started this with & or nohup
     argv = sys.argv[1:]
     program = Path(sys.argv[0]).name
     try:

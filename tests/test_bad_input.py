@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_comal import loop  # noqa: F401
 from training_fixtures import ROOT, read, save_model, setting_fixture  # noqa: F401
 
 from utils import fingerprint
@@ -1034,28 +1033,6 @@ def test_refused(
 
 
 # ---------------------------------------------------------------------------------------------- what no row can say
-
-
-@pytest.mark.parametrize(
-    "setting, expected",
-    [
-        ("ETA=0", "ETA=0 should be greater than 0"),
-        ("ETA=-1", "ETA=-1 should be a number, or one a round, comma-separated"),
-        ("GPUS=97", None),
-        ("NUM_SAMPLES=1", "NUM_SAMPLES=1 should be a whole number, at least 2"),
-    ],
-)
-def test_comal_refuses(loop, setting, expected):  # noqa: F811
-    output, code = loop.run(**dict([setting.split("=")]))
-    if expected:
-        assert (code, output) == (1, f"comal.sh: {expected}\n")
-    else:  # the list is the machine's
-        assert code == 1 and re.fullmatch(
-            r"comal\.sh: GPUS=97 names GPU 97, but nvidia-smi lists: [\d ]*(none)?; give "
-            r"numbers from there, auto or none\n",
-            output,
-        ), output
-    assert not loop.exps.exists()
 
 
 @pytest.fixture

@@ -429,7 +429,7 @@ def map_files(jobs, make_work, pool, description):
         desc=description,
         unit="record",
         smoothing=0.1,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
+        mininterval=float(os.environ.get("TQDM_MININTERVAL", 0.1 if sys.stderr.isatty() else 10)),
     ) as bar:
         for done, results in found:
             for number, journal in enumerate(journals):
