@@ -98,7 +98,7 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
                 f"unknown argument {argument}; {f'did you mean {what}?' if near else what} "
                 "Arguments are --plan, --help and settings: NAME=value"
             )
-    for name in environment.keys() - known.keys():
+    for name in sorted(environment.keys() - known.keys()):
         if name in RENAMED:
             raise Refused(f"{name} is in the environment, but it is now called {RENAMED[name]}")
         near = difflib.get_close_matches(name, known, 1, 0.85)

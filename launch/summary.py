@@ -54,13 +54,13 @@ def win_rates(row: dict) -> str:
 
 
 def samples(row: dict) -> str:
-    """What the policy that this iteration started from sampled."""
+    """Of the responses that the policy, before it was trained, has sampled in this iteration."""
     found = []
     if row.get("sample_tokens") is not None:
-        found.append(f"{row['sample_tokens']:.1f} tokens a response")
+        found.append(f"{row['sample_tokens']:.1f} tokens on average")
     if row.get("kl_reference") is not None:
         found.append(f"KL from the reference {row['kl_reference']:.3f} nats")
-    return f"what it sampled: {', '.join(found)}" if found else ""
+    return f"its samples: {', '.join(found)}" if found else ""
 
 
 def main() -> None:

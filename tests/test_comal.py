@@ -112,7 +112,11 @@ def test_a_terminal_gets_one_live_line(tmp_path):
     command = [sys.executable, "launch/stage.py", "--parent", str(os.getpid()), "--name", "pairs", "--where", "here"]
     ours, theirs = pty.openpty()
     done = subprocess.run(
-        [*command, "--log", tmp_path / "log", "--", "bash", "-c", bar], cwd=ROOT, stdout=theirs, timeout=30
+        [*command, "--log", tmp_path / "log", "--", "bash", "-c", bar],
+        cwd=ROOT,
+        stdout=theirs,
+        timeout=30,
+        env=os.environ | {"COLUMNS": "80"},
     )
     os.close(theirs)
     shown = os.read(ours, 65536).decode()

@@ -71,7 +71,7 @@ def start(log, mark, **settings):
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env=environment(RECIPE="demo", PYTHON=sys.executable, FAULTS_MARK=mark, **settings),
+        env=environment(**{"RECIPE": "demo", "PYTHON": sys.executable, "FAULTS_MARK": mark} | settings),
         preexec_fn=default_signals,
     )
 
