@@ -16,7 +16,7 @@ import sys
 import uuid
 
 import pytest
-from helpers.loop import ROOT, Loop, processes, wait_until
+from helpers.loop import ROOT, Loop, environment, processes, wait_until
 
 sys.path.insert(0, str(ROOT / "launch"))
 import settings as launch_settings  # noqa: E402
@@ -78,6 +78,24 @@ def test_a_signal_ends_everything(loop, sent, code):
     assert process.returncode == code and "goes on from there" in output and not processes(loop.name), output
 
 
+def test_ctrl_c_on_a_terminal(loop):
+    """The terminal sends SIGINT to comal.sh and stage.py at the same time."""
+    settings = loop.settings(SLEEP="scoring.py")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execvpe("bash", ["bash", "comal.sh"], environment(**settings))
+    wait_until(lambda: any("sleep 300" in line for line in processes(loop.name).values()), 20)
+    os.write(terminal, b"\x03")
+    shown = b""
+    with contextlib.suppress(OSError):  # its other end is closed
+        while part := os.read(terminal, 65536):
+            shown += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130 and not processes(loop.name)
+    assert b"    sampling           0:00" in shown and b"SIGINT received, stopped" in shown, shown
+    os.close(terminal)
+
+
 def test_a_failure_says_what_where_and_why(loop):
     """Also when it fails twice: the log has both, one after the other."""
     for _ in range(2):
@@ -123,6 +141,31 @@ def test_a_terminal_gets_one_live_line(tmp_path):
     os.close(ours)
     assert done.returncode == 0 and shown.count("\n") == 1 and "pairs: 20%|###" in shown
     assert re.search(r"\r    pairs +0:0\d\x1b\[K\r\n$", shown), shown
+
+
+def test_an_iteration_ends_with_three_lines(tmp_path):
+    rows = [
+        {"iteration": 0, "win_rate_start": 0.625, "win_rate_previous": 0.625},
+        {"iteration": 1, "sample_tokens": 14.94, "kl_reference": 0.0104},
+    ]
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/summary.json").write_text(json.dumps({"experiments": [{"iterations": rows}]}))
+    for i in range(2):
+        (tmp_path / f"iter{i}/logs").mkdir(parents=True)
+        (tmp_path / f"iter{i}/next.json").write_text("{}")
+        (tmp_path / f"iter{i}/logs/times.jsonl").write_text('{"stage": "scoring", "seconds": 90}\n')
+    state = {"exp": tmp_path, "iter": tmp_path / "iter1", "i": 1, "ITERATIONS": 4, "EVAL_EVERY": 1}
+    done = subprocess.run(
+        [sys.executable, "launch/summary.py", "iteration"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=environment(**{name: str(value) for name, value in state.items()}),
+    )
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith("    iteration 1 took 1 min 30 s; 2 left, about 3 min 0 s, until ")
+    assert second == "    the policy of iteration 0 wins 62.5 % against the initial policy"
+    assert third == "    its samples: 14.9 tokens on average, KL from the reference 0.010 nats"
 
 
 def test_help_explains_every_setting():

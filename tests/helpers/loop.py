@@ -111,8 +111,8 @@ class Loop:
         self.python.write_text(STAGE)
         self.python.chmod(0o755)
 
-    def start(self, *arguments, **settings):
-        settings = {
+    def settings(self, **changed):
+        return {
             "RECIPE": "demo",
             "NAME": f"{self.name}/run",
             "DEMO_MODELS": str(self.folder / "models"),
@@ -121,11 +121,13 @@ class Loop:
             "UPDATE_INTERVAL": "2",
             "FAULTS_MARK": self.name,
             "PYTHON": str(self.python),
-        } | settings
+        } | changed
+
+    def start(self, *arguments, **settings):
         return subprocess.Popen(
             ["bash", "comal.sh", *arguments],
             cwd=ROOT,
-            env=environment(**settings),
+            env=environment(**self.settings(**settings)),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
