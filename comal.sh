@@ -30,7 +30,7 @@ ETA=${ETA:-}  # the margin's target is 1/(2 ETA); one value, or one a round, by 
 TAU_ETA_RATIO=${TAU_ETA_RATIO:-0.333333}  # weight of the reference, tau/eta
 UPDATE_INTERVAL=${UPDATE_INTERVAL:-12}  # iterations between moves of COMAL's reference; 0: it never moves
 BETA=${BETA:-0.1}  # of DPO
-PAIR_RULE=${PAIR_RULE:-top_two}  # which two samples are a pair: top_two (released recipe), best_worst, random (unbiased)
+PAIR_RULE=${PAIR_RULE:-top_two}  # two of the samples: top_two (released recipe), best_worst or random (unbiased)
 SOFT_LABELS=${SOFT_LABELS:-false}  # true: learn the judge's probability of each pair, not its verdict
 
 # Sampling and training

@@ -7,33 +7,36 @@
 find_machines() {  # the arrays `launch`, which starts training, and `judge` and `engines`, flags of the stages
   judge=(--judge "$JUDGE" --judge_type "$JUDGE_TYPE" --judge_weights "$JUDGE_WEIGHTS" --template "$TEMPLATE"
     --api_base "$API_BASE" --max_prompt_tokens "$MAX_JUDGE_TOKENS" "${judge_flags[@]}")
-  engines=(--engine "$ENGINE" --gpus "$GPUS" --gpus_per_worker "$GPUS_PER_WORKER" --on_error "$ON_ERROR"
+  engines=(--engine "$ENGINE" --gpus "$GPUS" --tensor_parallel_size "$TENSOR_PARALLEL_SIZE" --on_error "$ON_ERROR"
     --stall_timeout "$STALL_TIMEOUT")
   launch=("$PYTHON")
+  local accelerate=("$PYTHON" -m accelerate.commands.launch --config_file fsdp_config.yaml)
   local several=() gpu_list=() numbers=$GPUS gpu listed
   listed=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,) || true
   if [[ $GPUS != auto && $GPUS != none && -z $plan ]]; then
     for gpu in ${GPUS//,/ }; do
-      [[ ,$listed, == *,$gpu,* ]] || die "GPUS=$GPUS names GPU $gpu, but nvidia-smi lists: ${listed:-none}; give numbers from \
-there, auto or none"
+      [[ ,$listed, == *,$gpu,* ]] ||
+        die "GPUS=$GPUS names GPU $gpu, but nvidia-smi lists: ${listed:-none}; give numbers from there, auto or none"
     done
   fi
   if ((NODES > 1)); then
-    [[ -n $MASTER_ADDR || -z ${SLURM_STEP_NODELIST-} ]] || MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+    [[ -n $MASTER_ADDR || -z ${SLURM_STEP_NODELIST-} ]] ||
+      MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     [[ -n $MASTER_ADDR ]] || die "NODES=$NODES, but MASTER_ADDR, the address of node 0, is not set"
-    several=(--num_machines "$NODES" --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+    several=(--num_machines "$NODES" --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR"
+      --main_process_port "$MASTER_PORT")
   fi
   if gpus_present; then
     [[ $numbers != auto ]] || numbers=${CUDA_VISIBLE_DEVICES:-$listed}
     IFS=, read -ra gpu_list <<<"$numbers"
-    launch=(env "CUDA_VISIBLE_DEVICES=$numbers" "$PYTHON" -m accelerate.commands.launch --config_file fsdp_config.yaml
-      --num_processes $((NODES * ${#gpu_list[@]})) "${several[@]}")
+    launch=(env "CUDA_VISIBLE_DEVICES=$numbers" "${accelerate[@]}" --num_processes $((NODES * ${#gpu_list[@]}))
+      "${several[@]}")
     return
   fi
   [[ $RECIPE == demo || -n $plan || $GPUS == none ]] ||
-    die "RECIPE=full, but no usable GPU was found; GPUS=none runs it on the CPU all the same, with a small MODEL and JUDGE"
-  ((NODES == 1)) || launch=(env ACCELERATE_USE_CPU=true "$PYTHON" -m accelerate.commands.launch --config_file fsdp_config.yaml
-    --mixed_precision no --num_processes "$NODES" "${several[@]}")
+    die "RECIPE=full, but no usable GPU was found; GPUS=none runs it on the CPU, with a small MODEL and JUDGE"
+  ((NODES == 1)) || launch=(env ACCELERATE_USE_CPU=true "${accelerate[@]}" --mixed_precision no
+    --num_processes "$NODES" "${several[@]}")
   # Threads that spin while they wait cost a stage beside another busy process a factor of eight.
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUNT-0}
 }
@@ -44,7 +47,8 @@ be_node_0() {  # .node0, until comal.sh has ended: a process of its own removes 
   local id
   id=$$-$(date +%s%N)
   echo "$id" >"$exp/.node0"
-  setsid bash -c 'while kill -0 "$1" 2>/dev/null; do sleep 1; done
+  # Until its parent is another one: a process that was killed can still be found for a while.
+  setsid bash -c 'while read -r _ _ _ parent _ </proc/$$/stat && ((parent == $1)); do sleep 1; done
     if grep -qsx "$2" "$3"; then rm "$3"; fi' - $$ "$id" "$exp/.node0" </dev/null >/dev/null 2>&1 &
 }
 

@@ -26,8 +26,6 @@ open_journal() {  # a finished experiment that is started again changes no file
   printf '%s' "=== $(date -u +%FT%TZ)"$'\n'"$unwritten" >>"$journal"
 }
 
-duration() { if (($1 < 3600)); then echo "$(($1 / 60)) min $(($1 % 60)) s"; else echo "$(($1 / 3600)) h $(($1 % 3600 / 60)) min"; fi; }
-
 # ------------------------------------------------------------------------------------------------ a stage
 
 running=  # the process of stage.py
@@ -68,7 +66,8 @@ stage() {
   local code=0
   watched --name "$name" --where "$heading" --log "$log" --journal "$journal" -- "$@" || code=$?
   ((code != 1)) || exit 1  # stage.py has said why
-  ((code == 0)) || die "$heading, stage $name: what runs it was ended with exit code $code; the same command goes on here"
+  ((code == 0)) ||
+    die "$heading, stage $name: what runs it was ended with exit code $code; the same command goes on here"
   if ((NODE_RANK > 0)); then wait_for_node_0 "${outputs[@]}"; return; fi
   local output
   for output in "${outputs[@]}"; do
@@ -124,7 +123,7 @@ begin() {
 
 describe() {
   if [[ $RECIPE == demo ]]; then
-    say "comal.sh: the demo (two tiny models, minutes on a CPU), because $reason; RECIPE=full runs the Qwen2-1.5B recipe on GPUs"
+    say "comal.sh: the demo (two tiny models, minutes on a CPU), because $reason; RECIPE=full runs Qwen2-1.5B on GPUs"
   else
     say "comal.sh: the full recipe with $MODEL (GPUS=$GPUS), because $reason; RECIPE=demo runs the small demo"
   fi
@@ -165,9 +164,10 @@ lock_experiment() {
   flock -n -E 9 8 || code=$?
   if ((code == 9)); then
     owner=$(<"$exp/.lock")
-    ! kill -0 "${owner:-0}" 2>/dev/null || die "$exp is in use by another comal.sh (pid $owner); wait for it, or take another NAME"
-    code=0
-    flock -w 30 -E 9 8 || code=$?  # it has just been killed
+    if ! kill -0 "${owner:-0}" 2>/dev/null; then  # it has just been killed
+      code=0
+      flock -w 30 -E 9 8 || code=$?
+    fi
     ((code != 9)) || die "$exp is in use by another comal.sh (pid $owner); wait for it, or take another NAME"
   fi
   ((code == 0)) || echo "comal.sh: no lock on $exp (flock failed); take care to run it once at a time" >&2
@@ -205,7 +205,9 @@ end_iteration() {
   if (((i + 1) % SPLITS == 0)); then ln -sfn "iter$i/ckpt" "$exp/round$(((i + 1) / SPLITS))"; fi
   [[ -e $iter/next.json ]] || helper experiment note
   # While the weights are there: the iteration's rows of the demo's table.
-  if [[ $RECIPE == demo && -n $ran && ($KEEP_CKPTS != all || $(((i + 1) % EVAL_EVERY)) == 0) ]]; then demo_table >/dev/null; fi
+  if [[ $RECIPE == demo && -n $ran ]] && { [[ $KEEP_CKPTS != all ]] || (((i + 1) % EVAL_EVERY == 0)); }; then
+    demo_table >/dev/null
+  fi
   [[ $KEEP_CKPTS == all ]] || helper experiment prune
   if [[ -n $ran ]]; then
     report
@@ -231,11 +233,13 @@ finish() {
   if [[ -n $ran ]]; then report; fi
   if [[ -n $ran && $RECIPE == full ]]; then say "$(helper summary evaluation)"; fi
   echo
-  say "done after $(duration "$SECONDS"): $ITERATIONS iterations in $exp; the last policy is $policy/model"
+  say "done after $(helper summary duration "$SECONDS"): $ITERATIONS iterations in $exp; the last policy is \
+$policy/model"
 }
 
 demo_table() {
-  watched --show -- "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" || die "the demo's table failed"
+  watched --show -- "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" ||
+    die "the demo's table failed"
 }
 
 report() {  # exps/NAME/report/index.html; a run does not fail for its report
@@ -259,7 +263,7 @@ eta() {  # this round's value of ETA; the last one holds for the rounds after it
   echo "${values[round < ${#values[@]} ? round : ${#values[@]} - 1]}"
 }
 
-to_compare() {  # LAST: the arrays ours, theirs, compared (outputs) of the iterations up to LAST that are not compared yet
+to_compare() {  # LAST: the arrays ours, theirs, compared (outputs) of the iterations up to LAST, as far as not compared
   local j
   ours=() theirs=() compared=()
   for ((j = uncompared; j <= $1; j++)); do

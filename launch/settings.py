@@ -25,8 +25,8 @@ FULL = (ROOT / "comal.sh", ROOT / "launch/settings.sh")
 DEMO = ROOT / "data/demo/settings.sh"
 
 # Old names and values, refused with the new one.
-RENAMED: dict[str, str] = {}
-RENAMED_VALUES: dict[str, dict[str, str]] = {}
+RENAMED = {"GPUS_PER_WORKER": "TENSOR_PARALLEL_SIZE"}
+RENAMED_VALUES = {"JUDGE_TYPE": {"offsetbias-lm": "generative", "bt-mixture": "reward", "openai": "server"}}
 
 
 class Refused(Exception):
@@ -112,8 +112,8 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
 
 NUMBER = r"[0-9]*\.?[0-9]+(e-?[0-9]+)?"
 TRUTH = "true", "false"
-JUDGE_TYPES = "offsetbias-lm", "bt-mixture", "openai"
-SERVER = "openai"
+JUDGE_TYPES = "generative", "reward", "server"
+SERVER = "server"
 CHOICES = {
     "RECIPE": ("demo", "full"),
     "PAIR_RULE": ("top_two", "best_worst", "random"),
@@ -127,7 +127,9 @@ CHOICES = {
 }
 WHOLE = {  # the least value
     **dict.fromkeys(["ROUNDS", "SPLITS", "MAX_PROMPT_TOKENS", "MAX_NEW_TOKENS", "MAX_JUDGE_TOKENS", "NUM_EPOCHS"], 1),
-    **dict.fromkeys(["GLOBAL_BATCH_SIZE", "MAX_LENGTH", "EVAL_EVERY", "GPUS_PER_WORKER", "NODES", "MASTER_PORT"], 1),
+    **dict.fromkeys(
+        ["GLOBAL_BATCH_SIZE", "MAX_LENGTH", "EVAL_EVERY", "TENSOR_PARALLEL_SIZE", "NODES", "MASTER_PORT"], 1
+    ),
     **dict.fromkeys(["NODE_RANK", "SEED", "MICRO_BATCH_TOKENS", "STALL_TIMEOUT", "SAVE_STEPS", "UPDATE_INTERVAL"], 0),
     "NUM_SAMPLES": 2,
 }
@@ -137,7 +139,16 @@ POSITIVE = ("LEARNING_RATE", "BETA", "TOP_P")
 AT_MOST_ONE = ("TOP_P", "WARMUP_RATIO")
 # What the results do not depend on; an experiment may go on with other values of these.
 FREE = {"NAME", "ROUNDS", "RECIPE", "DEMO_MODELS", "API_BASE", "MICRO_BATCH_TOKENS", "GRADIENT_CHECKPOINTING"}
-FREE |= {"EVAL_EVERY", "KL_FROM_START", "SAVE_STEPS", "KEEP_CKPTS", "REPORT_TO", "GPUS", "GPUS_PER_WORKER", "ENGINE"}
+FREE |= {
+    "EVAL_EVERY",
+    "KL_FROM_START",
+    "SAVE_STEPS",
+    "KEEP_CKPTS",
+    "REPORT_TO",
+    "GPUS",
+    "TENSOR_PARALLEL_SIZE",
+    "ENGINE",
+}
 FREE |= {"ON_ERROR", "STALL_TIMEOUT", "NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 

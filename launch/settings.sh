@@ -1,9 +1,9 @@
-# The settings that are rarely changed, in the form of those in comal.sh: each can be an argument of comal.sh or stand in
-# the environment, and `bash comal.sh --help` explains it.
+# The settings that are rarely changed, in the form of those in comal.sh: each can be an argument of comal.sh or stand
+# in the environment, and `bash comal.sh --help` explains it.
 
 # Models and judges
 TOKENIZER=${TOKENIZER-Qwen/Qwen2-1.5B}  # of the policy; empty: the one that the policy's folder has
-JUDGE_TYPE=${JUDGE_TYPE:-offsetbias-lm}  # offsetbias-lm, bt-mixture (reward models), openai (a server); or one each
+JUDGE_TYPE=${JUDGE_TYPE:-generative}  # generative (answers with a label), reward (a reward model), server; or one each
 JUDGE_WEIGHTS=${JUDGE_WEIGHTS:-}  # of a panel's members, by comma; empty: equal
 TEMPLATE=${TEMPLATE:-prompts/offsetbias.txt}  # the judge's prompt; of a panel one, or one each
 API_BASE=${API_BASE:-}  # address of a server that judges, ending in /v1; its key is OPENAI_API_KEY in the environment
@@ -28,7 +28,7 @@ REPORT_TO=${REPORT_TO:-tensorboard}  # training curves: tensorboard, wandb, both
 # Machines
 RECIPE=${RECIPE:-demo}  # full, or demo (data/demo/settings.sh); without it comal.sh takes full where it finds a GPU
 GPUS=${GPUS:-auto}  # auto, none, or physical numbers as nvidia-smi shows them: 0,2,3
-GPUS_PER_WORKER=${GPUS_PER_WORKER:-1}  # GPUs that share one vLLM engine
+TENSOR_PARALLEL_SIZE=${TENSOR_PARALLEL_SIZE:-1}  # GPUs that share one vLLM engine
 ENGINE=${ENGINE:-local}  # of sampling and judging: local, or ray on a Ray cluster
 ON_ERROR=${ON_ERROR:-fail}  # a record that ends its workers: fail, or skip it and list it
 STALL_TIMEOUT=${STALL_TIMEOUT:-1800}  # seconds without progress after which a worker is replaced; 0: never

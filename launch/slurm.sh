@@ -4,8 +4,8 @@
 #   sbatch --nodes=4 launch/slurm.sh
 #   sbatch --nodes=1 launch/slurm.sh ROUNDS=3 NAME=small      settings as for comal.sh, also in the environment
 #
-# comal.sh runs on every node: on the first one the loop, on all of them log-probabilities and training. With Ray in .venv
-# (pip install ray) sampling and judging use the GPUs of all nodes too, otherwise those of the first.
+# comal.sh runs on every node: on the first one the loop, on all of them log-probabilities and training. With Ray in
+# .venv (pip install ray) sampling and judging use the GPUs of all nodes too, otherwise those of the first.
 # Where the nodes have no network, make .venv before, on a login node: SETUP_FOR=gpu bash launch/setup.sh
 # Submitted again, also after a time limit, it goes on where it stopped. What it prints: exps/slurm-JOB.out.
 # On nodes without GPUs: sbatch --gpus-per-node=0, with GPUS=none.

@@ -1,6 +1,6 @@
-# The first thing that comal.sh does, with its arguments: it takes settings from them, answers --help, chooses the recipe,
-# and gives the rarer settings their values. comal.sh's own lines then give the others theirs: an argument comes before
-# the environment, the environment before the demo's settings, and these before the defaults.
+# The first thing that comal.sh does, with its arguments: it takes settings from them, answers --help, chooses the
+# recipe, and gives the rarer settings their values. comal.sh's own lines then give the others theirs: an argument comes
+# before the environment, the environment before the demo's settings, and these before the defaults.
 
 die() { echo "comal.sh: $1" >&2; exit 1; }
 
@@ -14,7 +14,8 @@ done
 
 # helper SCRIPT ARGUMENT...: a part of launch/ in Python. It finds the settings and the loop's state in its environment.
 helper() { (export "${SETTINGS[@]}" "${STATE[@]}"; exec "$python" -S "launch/$1.py" "${@:2}"); }
-mapfile -t SETTINGS < <(sed -nE 's/^([A-Z][A-Z0-9_]*)=\$\{\1.*/\1/p' comal.sh launch/settings.sh data/demo/settings.sh | sort -u)
+files=(comal.sh launch/settings.sh data/demo/settings.sh)
+mapfile -t SETTINGS < <(sed -nE 's/^([A-Z][A-Z0-9_]*)=\$\{\1.*/\1/p' "${files[@]}" | sort -u)
 STATE=(METHODS METHOD_TITLE TRAINER ITERATIONS ONE_ITERATION PYTHON plan exp i iter first policy reference)
 
 plan= arguments=()
@@ -31,7 +32,9 @@ given=()  # names of the settings that the user has given
 for name in "${SETTINGS[@]}"; do [[ -z ${!name:-} ]] || given+=("$name"); done
 
 # Which recipe, and why
-gpus_present() { [[ -n $(nvidia-smi -L 2>/dev/null) && ${CUDA_VISIBLE_DEVICES-unset} != "" && ${GPUS:-auto} != none ]]; }
+gpus_present() {
+  [[ ${GPUS:-auto} != none && ${CUDA_VISIBLE_DEVICES-unset} != "" && -n $(nvidia-smi -L 2>/dev/null) ]]
+}
 if [[ -n ${RECIPE:-} ]]; then
   reason="RECIPE=$RECIPE says so"
 elif [[ ${GPUS:-auto} == none ]]; then

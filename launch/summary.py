@@ -1,6 +1,7 @@
 """What an iteration came to, in three lines at most: time, what is left, win rates, lengths, KL.
 
     python3 launch/summary.py iteration | evaluation        with comal.sh's state in the environment
+    python3 launch/summary.py duration SECONDS
 
 The figures are those of the report (analysis/report.py), exps/NAME/report/summary.json; what is not known is left out.
 Like settings.py it needs nothing but Python 3.9.
@@ -64,6 +65,9 @@ def samples(row: dict) -> str:
 
 
 def main() -> None:
+    if sys.argv[1] == "duration":
+        print(duration(int(sys.argv[2])))
+        return
     number, every = int(state("i")), int(state("EVAL_EVERY"))
     figures = rows()
     if sys.argv[1] == "evaluation":

@@ -202,6 +202,7 @@ def test_the_recipe_says_why(loop):
 # ---------------------------------------------------------------------------------------------- what it keeps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep, models", [("all", [0, 1, 2, 3]), ("rounds", [1, 3]), ("last", [3])])
 def test_what_is_kept(loop, keep, models):
     output, code = loop.run(KEEP_CKPTS=keep, UPDATE_INTERVAL="0")
@@ -215,6 +216,7 @@ def test_last_keeps_the_reference(loop):
     assert loop.models() == [2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "every, scorings, at_the_end", [("1", [[0], [1], [2]], [3]), ("2", [[0, 1]], [2, 3]), ("4", [], [0, 1, 2, 3])]
 )
@@ -239,6 +241,7 @@ def test_a_finished_experiment_changes_no_file(loop):
     assert code == 0 and "===" not in output and times() == before
 
 
+@pytest.mark.slow
 def test_pins_and_forks(loop):
     assert loop.run(KEEP_CKPTS="rounds")[1] == 0
     run, fork = f"exps/{loop.name}/run", {"NAME": f"{loop.name}/fork", "ETA": "0.5", "KEEP_CKPTS": "rounds"}
@@ -286,21 +289,23 @@ def test_run_json_is_json_and_says_what_the_method_is(loop):
 
 
 def test_a_setting_that_is_not_in_run_json_had_its_default(loop):
-    assert loop.run()[1] == 0
+    one = {"ROUNDS": "1", "SPLITS": "1"}
+    assert loop.run(**one)[1] == 0
     path = loop.exps / "run/run.json"
     old = json.loads(path.read_text())
     for name in ("WARMUP_RATIO", "BETA", "TRAINER", "METHOD_TITLE", "ITERATIONS"):
         del old[name]
+    old["JUDGE_TYPE"] = "offsetbias-lm"  # as generative judges were called
     path.write_text(json.dumps(old))
-    assert loop.run()[1] == 0
+    assert loop.run(**one)[1] == 0
     assert json.loads(path.read_text())["TRAINER"] == "inpo"
-    output, code = loop.run(WARMUP_RATIO="0.2")
+    output, code = loop.run(WARMUP_RATIO="0.2", **one)
     assert code == 1 and "WARMUP_RATIO: 0.1 then, 0.2 now" in output
-    assert loop.run(ROUNDS="3")[1] == 0  # more rounds may follow
+    assert loop.run(**one | {"ROUNDS": "2"})[1] == 0  # more rounds may follow
     found = json.loads(path.read_text())
-    assert (found["ROUNDS"], found["ITERATIONS"]) == ("3", "6")
+    assert (found["ROUNDS"], found["ITERATIONS"]) == ("2", "2")
     path.write_text(path.read_text().replace('"JUDGE_FLAGS": ""', '"JUDGE_FLAGS": "--labels "A,B""'))
-    output, code = loop.run()
+    output, code = loop.run(**one)
     assert code == 1 and "is no valid JSON" in output and "JUDGE_FLAGS" in output
 
 
@@ -308,18 +313,16 @@ def test_a_setting_that_is_not_in_run_json_had_its_default(loop):
 
 
 def test_any_judge_reaches_the_stages(loop):
-    plan, code = loop.run(
-        "--plan", JUDGE="own/judge,own/policy", JUDGE_TYPE="offsetbias-lm,bt-mixture", JUDGE_WEIGHTS="1,3"
-    )
-    flags = "--judge own/judge,own/policy --judge_type offsetbias-lm,bt-mixture --judge_weights 1,3"
+    plan, code = loop.run("--plan", JUDGE="own/judge,own/policy", JUDGE_TYPE="generative,reward", JUDGE_WEIGHTS="1,3")
+    flags = "--judge own/judge,own/policy --judge_type generative,reward --judge_weights 1,3"
     assert code == 0 and plan.count(flags) == 6, plan  # four scorings, the last evaluation, the matrix
     plan = loop.run("--plan", JUDGE_FLAGS="--labels 'A x,B x' --reward_temperature 2")[0]
     assert plan.count("--labels A\\ x\\,B\\ x --reward_temperature 2") == 6, plan
-    output, code = loop.run(JUDGE=f"{loop.folder}/models/judge,no-such-model", JUDGE_TYPE="bt-mixture")
+    output, code = loop.run(JUDGE=f"{loop.folder}/models/judge,no-such-model", JUDGE_TYPE="reward")
     assert code == 1 and "no-such-model (MODEL or JUDGE): no such directory" in output
-    plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="openai", API_BASE="http://127.0.0.1:8000/v1")
+    plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="server", API_BASE="http://127.0.0.1:8000/v1")
     assert (
-        code == 0 and "--judge some-model --judge_type openai" in plan and "--api_base http://127.0.0.1:8000/v1" in plan
+        code == 0 and "--judge some-model --judge_type server" in plan and "--api_base http://127.0.0.1:8000/v1" in plan
     )
 
 
@@ -337,6 +340,12 @@ def test_arguments_come_before_the_environment(loop):
         (["eta=1"], {}, "unknown argument eta=1; did you mean ETA=...?"),
         (["--pln"], {}, "unknown argument --pln; did you mean --plan?"),
         (["PATH=/"], {}, "unknown argument PATH=/"),
+        (["GPUS_PER_WORKER=2"], {}, "GPUS_PER_WORKER is now called TENSOR_PARALLEL_SIZE"),
+        (
+            [],
+            {"GPUS_PER_WORKER": "2"},
+            "GPUS_PER_WORKER is in the environment, but it is now called TENSOR_PARALLEL_SIZE",
+        ),
         ([], {"LEARNING_RTE": "1"}, "LEARNING_RTE is in the environment; did you mean LEARNING_RATE?"),
         ([], {"NUM_EPOCH": "1"}, "NUM_EPOCH is in the environment; did you mean NUM_EPOCHS?"),
     ],
@@ -381,9 +390,10 @@ def test_the_disk_is_checked(loop):
         ("TOP_P=0", "TOP_P=0 should be greater than 0"),
         ("TOP_P=1.1", "TOP_P=1.1 should be at most 1"),
         ("WARMUP_RATIO=2", "WARMUP_RATIO=2 should be at most 1"),
-        ("JUDGE_TYPE=bt", "JUDGE_TYPE=bt should be offsetbias-lm, bt-mixture or openai; of several judges one each, "),
+        ("JUDGE_TYPE=bt", "JUDGE_TYPE=bt should be generative, reward or server; of several judges one each, "),
+        ("JUDGE_TYPE=reward,openai", "JUDGE_TYPE=reward,openai: openai is now called server"),
         ("JUDGE_WEIGHTS=x", "JUDGE_WEIGHTS=x should be numbers, comma-separated"),
-        ("JUDGE_TYPE=openai", "OPENAI_API_KEY is not set"),
+        ("JUDGE_TYPE=server", "OPENAI_API_KEY is not set"),
         ("JUDGE_FLAGS=--labels 'A", "JUDGE_FLAGS=--labels 'A cannot be split into flags: No closing quotation"),
         ("NAME=../../x", "NAME=../../x should be the name of a folder in exps/"),
         ("NAME=a/../../x", "NAME=a/../../x should be the name of a folder in exps/"),
