@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.loop import ROOT, environment, processes, settle, start
+from helpers.loop import ROOT, environment, processes, settle, start, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -165,11 +165,9 @@ def test_comal_stops_at_the_first_failure(name, models):
 def test_comal_interrupted_leaves_no_process(name, models):
     with open(ROOT / "exps" / name / "stopped.log", "w+") as log:
         loop = start(log, name, **settings(f"{name}/stopped", models))
-        deadline = time.monotonic() + 60
-        while len(processes(name)) < 4 and time.monotonic() < deadline:  # bash, stage.py, the stage, its worker
-            time.sleep(0.2)
+        wait_until(lambda: any("spawn_main" in line for line in processes(name).values()), 60)  # sampling's worker
         time.sleep(2)
-        assert len(processes(name)) >= 4
+        assert len(processes(name)) >= 4  # bash, stage.py, the stage, its worker
         loop.send_signal(signal.SIGINT)
         assert loop.wait(30) == 130
         log.seek(0)
