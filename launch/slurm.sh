@@ -2,11 +2,11 @@
 # The loop on N nodes of a SLURM cluster, from the project's folder on a file system that all nodes share:
 #
 #   sbatch --nodes=4 launch/slurm.sh
-#   ROUNDS=3 NAME=small sbatch --nodes=1 launch/slurm.sh      settings as for comal.sh
+#   sbatch --nodes=1 launch/slurm.sh ROUNDS=3 NAME=small      settings as for comal.sh, also in the environment
 #
-# comal.sh runs on every node: on the first one the loop, on all of them log-probabilities and training. With Ray in .venv
-# (pip install ray) sampling and judging use the GPUs of all nodes too, otherwise those of the first.
-# Where the nodes have no network, make .venv before, on a login node: SETUP_FOR=gpu bash setup.sh
+# comal.sh runs on every node: on the first one the loop, on all of them log-probabilities and training. With Ray in
+# .venv (pip install ray) sampling and judging use the GPUs of all nodes too, otherwise those of the first.
+# Where the nodes have no network, make .venv before, on a login node: SETUP_FOR=gpu bash launch/setup.sh
 # Submitted again, also after a time limit, it goes on where it stopped. What it prints: exps/slurm-JOB.out.
 # On nodes without GPUs: sbatch --gpus-per-node=0, with GPUS=none.
 #SBATCH --job-name=comal
@@ -41,4 +41,4 @@ while sum(node['Alive'] for node in ray.nodes()) < $SLURM_JOB_NUM_NODES: time.sl
 fi
 
 # One node that fails ends the others; without that they would wait for it.
-srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash comal.sh
+srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash comal.sh "$@"

@@ -22,42 +22,12 @@ import time
 import uuid
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers.loop import ROOT, processes, settle, start
+
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 # What may differ: when and how fast it was, what it was called, what was printed.
 TIMINGS = re.compile(rb'"(validation_)?tokens_per_s": [-+.e\d]+|"started": "[^"]*"')
 LEFT_OUT = ("logs", ".lock", "tensorboard", "report")
-
-
-def start(log, mark, **settings):
-    """A demo loop whose processes all inherit `mark`."""
-    return subprocess.Popen(
-        ["bash", "comal.sh"],
-        cwd=ROOT,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env=os.environ | {"RECIPE": "demo", "PYTHON": sys.executable, "FAULTS_MARK": mark} | settings,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def processes(mark):
-    """{pid: command line} of the living processes that inherited the mark."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"FAULTS_MARK={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    return {pid: command for pid, command in found.items() if command}
-
-
-def settle(mark, seconds=10):
-    """The processes that are left after some seconds at most."""
-    deadline = time.monotonic() + seconds
-    while (left := processes(mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 def unmapped_segments():
@@ -74,8 +44,8 @@ def describe(pid, command, loop):
     """What a process is, in a word."""
     if pid == loop.pid:
         return "comal.sh"
-    if "sweep" in command:
-        return "guard"
+    if "launch/stage.py" in command:
+        return "stage.py"
     if "spawn_main" in command:
         return "worker"
     if "resource_tracker" in command:
@@ -119,7 +89,7 @@ def _kill_one(loop, mark, rng, log_path, offset, segments):
     sent = rng.choice(SIGNALS)
     with open(log_path, "rb") as printed:
         printed.seek(offset)
-        stages = re.findall(rb"=== .*?stage (\w+)  \(", printed.read())
+        stages = re.findall(rb"^    (\w+) {2,}", printed.read(), re.MULTILINE)
     with contextlib.suppress(ProcessLookupError):
         os.kill(rng.choice(kinds.get(victim) or [loop.pid]), sent)
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,5 @@
-"""The loop of comal.sh: locks, ends of every kind, forks, pins, what it keeps. A script stands in for the stages.
+"""The loop of comal.sh: settings, locks, ends of every kind, forks, pins, what it keeps and what it prints. A script
+stands in for the stages (tests/helpers/loop.py).
 
 python -m pytest tests/test_comal.py
 """
@@ -6,124 +7,33 @@ python -m pytest tests/test_comal.py
 import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
-import time
+import sys
 import uuid
-from pathlib import Path
 
 import pytest
+from helpers.loop import ROOT, Loop, environment, processes, wait_until
 
-ROOT = Path(__file__).resolve().parents[1]
-STAGE = r"""#!/usr/bin/env bash
-# Stands in for the interpreter: writes the files that --output names, or sleeps in the stage that SLEEP names.
-if [[ $1 == -c ]]; then echo "torch 1 transformers 1"; exit; fi
-if [[ $1 == "${SLEEP-}" ]]; then setsid sleep 300 & sleep 300; fi
-script=$1
-outputs=()
-while (($#)); do
-  if [[ $1 == --output || $1 == --compared ]]; then outputs+=(${2//,/ }); fi
-  shift
-done
-for output in "${outputs[@]}"; do
-  if [[ $script == *po.py ]]; then
-    mkdir -p "$output"/{model,last,resume-1}
-    echo 1 >"$output/model/model.safetensors"
-    output+=/DONE
-  fi
-  mkdir -p "$(dirname "$output")"
-  echo 1 >"$output"
-  touch "$output.partial"
-  [[ $script != eval.py && $output != */vs_* ]] || cp "$output" "${output%l}"
-done
-exit 0
-"""
-
-
-class Loop:
-    def __init__(self, folder, name):
-        self.folder, self.name, self.exps = folder, name, ROOT / "exps" / name
-        models = folder / "models"
-        for model in ("policy", "judge"):
-            (models / model / "model").mkdir(parents=True)
-            (models / model / "DONE").touch()
-            (models / model / "model/model.safetensors").write_text("1")
-        (models / "prompts").mkdir()
-        for prompts in ("train_0", "train_1", "test", "eval"):
-            (models / f"prompts/{prompts}.jsonl").write_text(prompts)
-        self.python = folder / "python"
-        self.python.write_text(STAGE)
-        self.python.chmod(0o755)
-        (folder / "bin").mkdir()
-
-    def start(self, *arguments, **settings):
-        environment = (
-            os.environ
-            | {
-                "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
-                "RECIPE": "demo",
-                "NAME": f"{self.name}/run",
-                "DEMO_MODELS": str(self.folder / "models"),
-                "ROUNDS": "2",
-                "SPLITS": "2",
-                "UPDATE_INTERVAL": "2",
-                "COMAL_TEST_MARK": self.name,
-            }
-            | settings
-        )
-        # The interpreter's own check belongs to setup.sh, which tests/test_setup.py tests.
-        command = f"PYTHON={self.python}; source() {{ if [[ $1 != launch/setup.sh ]]; then builtin source $1; fi; }}; "
-        command += 'export PYTHON; export -f source; exec bash comal.sh "$@"'
-        return subprocess.Popen(
-            ["bash", "-c", command, "bash", *arguments],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def run(self, *arguments, **settings):
-        process = self.start(*arguments, **settings)
-        return process.communicate(timeout=40)[0], process.returncode
-
-    def sleeping(self, **settings):
-        process = self.start(SLEEP="scoring.py", **settings)
-        wait_until(lambda: sum("sleep 300" in line for line in self.processes().values()) == 2)
-        return process
-
-    def processes(self):
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"COMAL_TEST_MARK={self.name}\0".encode() in (process / "environ").read_bytes():
-                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                pass
-        return found
-
-    def models(self, name="run", kind="model"):
-        return sorted(int(path.parents[1].name[4:]) for path in (self.exps / name).glob(f"iter*/ckpt/{kind}"))
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+sys.path.insert(0, str(ROOT / "launch"))
+import settings as launch_settings  # noqa: E402
 
 
 @pytest.fixture
 def loop(tmp_path):
-    loop = Loop(tmp_path, f"test-{uuid.uuid4().hex[:8]}")
+    (tmp_path / "a folder").mkdir()  # paths with a space
+    loop = Loop(tmp_path / "a folder", f"test-{uuid.uuid4().hex[:8]}")
     yield loop
-    for pid in loop.processes():
+    for pid in processes(loop.name):
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(pid, signal.SIGKILL)
     shutil.rmtree(loop.exps, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------- ends of every kind
 
 
 def test_one_run_a_folder_and_none_is_left_by_sigkill(loop):
@@ -131,20 +41,168 @@ def test_one_run_a_folder_and_none_is_left_by_sigkill(loop):
     output, code = loop.run()
     assert code == 1 and f"in use by another comal.sh (pid {first.pid})" in output
     os.kill(first.pid, signal.SIGKILL)
-    wait_until(lambda: not loop.processes(), 5)
-    output, code = loop.run(KEEP_CKPTS="rounds")
-    assert code == 0 and "stage sampling" not in output.split("iteration 1")[0], output
+    first.wait()
+    output, code = loop.run(KEEP_CKPTS="rounds")  # at once: it waits until what the first one started has ended
+    assert code == 0 and "sampling" not in output.split("iteration 1")[0], output
+    wait_until(lambda: not processes(loop.name), 5)
+
+
+def find(loop, words, without="stage.py"):
+    return next(pid for pid, line in processes(loop.name).items() if words in line and without not in line)
 
 
 def test_a_killed_stage_stops_the_loop(loop):
     process = loop.sleeping()
-    pid = next(pid for pid, line in loop.processes().items() if "scoring.py" in line and "comal.sh" not in line)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(find(loop, "scoring.py"), signal.SIGKILL)
     output = process.communicate(timeout=15)[0]
     assert process.returncode == 1 and "stage scoring failed with exit code 137" in output, output
-    wait_until(lambda: not loop.processes(), 5)
+    wait_until(lambda: not processes(loop.name), 5)
 
 
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGKILL, 137)])
+def test_a_killed_stage_runner_stops_the_loop(loop, sent, code):
+    process = loop.sleeping()
+    stage = find(loop, "scoring.py")
+    os.kill(find(loop, "stage.py", without="comal.sh "), sent)
+    output = process.communicate(timeout=15)[0]
+    assert process.returncode == 1 and f"was ended with exit code {code}" in output, output
+    wait_until(lambda: stage not in processes(loop.name), 5)
+    assert sent == signal.SIGKILL or not processes(loop.name)
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_everything(loop, sent, code):
+    process = loop.sleeping()
+    process.send_signal(sent)
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == code and "goes on from there" in output and not processes(loop.name), output
+
+
+def test_ctrl_c_on_a_terminal(loop):
+    """The terminal sends SIGINT to comal.sh and stage.py at the same time."""
+    settings = loop.settings(SLEEP="scoring.py")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execvpe("bash", ["bash", "comal.sh"], environment(**settings))
+    wait_until(lambda: any("sleep 300" in line for line in processes(loop.name).values()), 20)
+    os.write(terminal, b"\x03")
+    shown = b""
+    with contextlib.suppress(OSError):  # its other end is closed
+        while part := os.read(terminal, 65536):
+            shown += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130 and not processes(loop.name)
+    assert b"    sampling           0:00" in shown and b"SIGINT received, stopped" in shown, shown
+    os.close(terminal)
+
+
+def test_a_failure_says_what_where_and_why(loop):
+    """Also when it fails twice: the log has both, one after the other."""
+    for _ in range(2):
+        output, code = loop.run(FAIL="scoring.py")
+    log = f"exps/{loop.name}/run/iter0/logs/scoring.log"
+    message = f"iteration 0 of 4, stage scoring failed with exit code 3. Its log, {log}, ends:\n    | no luck with "
+    assert code == 1 and message in output and "the same command goes on here" in output, output
+    text = (ROOT / log).read_text()
+    assert text.count("no luck") == len(re.findall(r"^=== \d{4}-\S+Z .*scoring.py --judge", text, re.MULTILINE)) == 2
+    journal = (loop.exps / "run/logs/comal.log").read_text()
+    assert journal.count("stage scoring failed with exit code 3") == 2 and "COMAL, 4 iterations" in journal
+
+
+# ---------------------------------------------------------------------------------------------- what it prints
+
+
+def test_a_file_gets_no_carriage_returns_and_no_progress(loop):
+    output, code = loop.run(REPORT_TO="none")
+    assert code == 0 and "\r" not in output and "\x1b" not in output and "%|" not in output and "Triton" not in output
+    assert re.search(
+        r"^=== iteration 0 of 4\n    sampling +0:0\d\n    scoring +0:0\d\n    pairs +0:0\d\n", output, re.M
+    )
+    assert output.startswith("comal.sh: the demo (two tiny models, minutes on a CPU), because RECIPE=demo says so;")
+    assert "settings other than the recipe's: NAME=" in output and "REPORT_TO=none (tensorboard)" in output
+    assert re.search(r"iteration 1 took \d s; 2 left, about \d+ s, until ", output), output
+    assert "Triton" in (loop.exps / "run/iter0/logs/sampling.log").read_text()
+    assert output.splitlines()[-1].startswith("done after ")
+
+
+def test_a_terminal_gets_one_live_line(tmp_path):
+    bar = "for n in 1 2 3; do printf '\\rpairs: %s0%%|###  | %s/9 [00:01<00:02]' $n $n >&2; sleep 0.5; done"
+    command = [sys.executable, "launch/stage.py", "--parent", str(os.getpid()), "--name", "pairs", "--where", "here"]
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [*command, "--log", tmp_path / "log", "--", "bash", "-c", bar],
+        cwd=ROOT,
+        stdout=theirs,
+        timeout=30,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0 and shown.count("\n") == 1 and "pairs: 20%|###" in shown
+    assert re.search(r"\r    pairs +0:0\d\x1b\[K\r\n$", shown), shown
+
+
+def test_an_iteration_ends_with_three_lines(tmp_path):
+    rows = [
+        {"iteration": 0, "win_rate_start": 0.625, "win_rate_previous": 0.625},
+        {"iteration": 1, "sample_tokens": 14.94, "kl_reference": 0.0104},
+    ]
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/summary.json").write_text(json.dumps({"experiments": [{"iterations": rows}]}))
+    for i in range(2):
+        (tmp_path / f"iter{i}/logs").mkdir(parents=True)
+        (tmp_path / f"iter{i}/next.json").write_text("{}")
+        (tmp_path / f"iter{i}/logs/times.jsonl").write_text('{"stage": "scoring", "seconds": 90}\n')
+    state = {"exp": tmp_path, "iter": tmp_path / "iter1", "i": 1, "ITERATIONS": 4, "EVAL_EVERY": 1}
+    done = subprocess.run(
+        [sys.executable, "launch/summary.py", "iteration"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=environment(**{name: str(value) for name, value in state.items()}),
+    )
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith("    iteration 1 took 1 min 30 s; 2 left, about 3 min 0 s, until ")
+    assert second == "    the policy of iteration 0 wins 62.5 % against the initial policy"
+    assert third == "    its samples: 14.9 tokens on average, KL from the reference 0.010 nats"
+
+
+def test_help_explains_every_setting():
+    done = subprocess.run(["bash", "comal.sh", "--help"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and "bash comal.sh --plan" in done.stdout
+    for setting in launch_settings.settings().values():
+        assert setting.text and re.search(rf"^  {setting.name}=", done.stdout, re.M), setting
+    for method in launch_settings.methods(re.search(r'METHODS="(.*?)"', (ROOT / "comal.sh").read_text(), re.S)[1]):
+        assert f"\n  {method} " in done.stdout
+
+
+def test_plan_says_what_it_costs(loop):
+    plan = loop.run("--plan")[0]
+    assert "checkpoints 4 x 0.0 MiB = 0.0 MiB (KEEP_CKPTS=all)" in plan and "# time: not known" in plan, plan
+    with open(loop.folder / "models/policy/model/model.safetensors", "wb") as file:
+        file.truncate(3 * 2**20)
+    plan = loop.run("--plan", KEEP_CKPTS="rounds")[0]
+    assert "checkpoints 3 x 3.0 MiB = 9.0 MiB (KEEP_CKPTS=rounds)" in plan and "training 21.0 MiB more" in plan, plan
+    assert not loop.exps.exists()
+    iteration = loop.exps / "run/iter0"
+    (iteration / "logs").mkdir(parents=True)
+    (iteration / "next.json").write_text("{}")
+    (iteration / "logs/times.jsonl").write_text('{"stage": "a", "seconds": 100}\n{"stage": "b", "seconds": 20}\n')
+    assert "# time: 3 x 2.0 min = 0.1 h" in loop.run("--plan")[0]
+
+
+def test_the_recipe_says_why(loop):
+    output = loop.run("--plan", RECIPE="", GPUS="none")[0]
+    assert output.startswith(
+        "comal.sh: the demo (two tiny models, minutes on a CPU), because GPUS=none says to use no GPU;"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what it keeps
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("keep, models", [("all", [0, 1, 2, 3]), ("rounds", [1, 3]), ("last", [3])])
 def test_what_is_kept(loop, keep, models):
     output, code = loop.run(KEEP_CKPTS=keep, UPDATE_INTERVAL="0")
@@ -158,6 +216,7 @@ def test_last_keeps_the_reference(loop):
     assert loop.models() == [2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "every, scorings, at_the_end", [("1", [[0], [1], [2]], [3]), ("2", [[0, 1]], [2, 3]), ("4", [], [0, 1, 2, 3])]
 )
@@ -174,6 +233,15 @@ def test_comparisons_share_the_judge_of_a_scoring(loop, every, scorings, at_the_
     assert code == 0 and len(list(loop.exps.glob("run/iter*/eval/vs_*.json"))) == 8, output
 
 
+def test_a_finished_experiment_changes_no_file(loop):
+    assert loop.run()[1] == 0
+    times = lambda: {path: path.stat().st_mtime_ns for path in loop.exps.rglob("*") if path.is_file()}
+    before = times()
+    output, code = loop.run()
+    assert code == 0 and "===" not in output and times() == before
+
+
+@pytest.mark.slow
 def test_pins_and_forks(loop):
     assert loop.run(KEEP_CKPTS="rounds")[1] == 0
     run, fork = f"exps/{loop.name}/run", {"NAME": f"{loop.name}/fork", "ETA": "0.5", "KEEP_CKPTS": "rounds"}
@@ -181,9 +249,10 @@ def test_pins_and_forks(loop):
         "policy": f"{run}/iter2/ckpt",
         "reference": f"{run}/iter1/ckpt",
     }
-    output, code = loop.run(FROM=f"{run}/iter1", **fork)
-    assert code == 0 and "iteration 2 of 4, stage sampling" in output and "iteration 1 of" not in output, output
+    output, code = loop.run(FROM=f"{run}/iter1/", **fork)
+    assert code == 0 and "=== iteration 2 of 4" in output and "=== iteration 1 of" not in output, output
     assert loop.models("fork") == [3] and (loop.exps / "fork/start/responses.jsonl").exists()
+    assert loop.run(FROM=f"{run}/iter1", **fork)[1] == 0
     plan = loop.run("--plan", FROM=f"{run}/iter1", NAME=f"{loop.name}/planned")[0]
     assert f"--model {run}/iter1/ckpt --reference {run}/iter1/ckpt" in plan
     for changed, message in (
@@ -198,56 +267,233 @@ def test_pins_and_forks(loop):
     settings = json.loads((loop.exps / "run/run.json").read_text())
     (loop.exps / "run/run.json").write_text((loop.exps / "run/run.json").read_text().replace(settings["code"], "old"))
     output, code = loop.run(KEEP_CKPTS="rounds")
-    assert code == 0 and "WARNING" in output and '"code": "old"' in output
+    assert code == 0 and "WARNING" in output and "code: old then" in output
     (loop.folder / "models/prompts/train_1.jsonl").write_text("changed")
     output, code = loop.run()
-    assert code == 1 and "prompts/train_1.jsonl" in output and "train_0" not in output and "or fork: FROM=" in output
+    assert code == 1 and "prompts/train_1.jsonl" in output and "train_0" not in output and "or fork: bash" in output
+
+
+def test_run_json_is_json_and_says_what_the_method_is(loop):
+    flags = """--labels "A,B" --x 'it''s'"""
+    output, code = loop.run(METHOD="inpo-small", JUDGE_FLAGS=flags, ETA="0.5,0.1")
+    assert code == 0, output
+    found = json.loads((loop.exps / "run/run.json").read_text())
+    assert found["JUDGE_FLAGS"] == flags and all(isinstance(value, str) for value in found.values())
+    names = ("METHOD", "TRAINER", "METHOD_TITLE", "ITERATIONS", "ETA", "UPDATE_INTERVAL", "ROUNDS", "SPLITS")
+    expected = ["inpo-small", "inpo", "INPO, fixed reference", "4", "0.5,0.1", "0", "2", "2"]
+    assert [found[name] for name in names] == expected
+    assert {"code", "torch", "transformers", "vllm", "accelerate", "commit", "started"} < found.keys()
+    assert f"sha256 {loop.folder}/models/prompts/test.jsonl" in found
+    log = (loop.exps / "run/iter0/logs/scoring.log").read_text()
+    assert "--labels A,B --x its" in log
+
+
+def test_a_setting_that_is_not_in_run_json_had_its_default(loop):
+    one = {"ROUNDS": "1", "SPLITS": "1"}
+    assert loop.run(**one)[1] == 0
+    path = loop.exps / "run/run.json"
+    old = json.loads(path.read_text())
+    for name in ("WARMUP_RATIO", "BETA", "TRAINER", "METHOD_TITLE", "ITERATIONS"):
+        del old[name]
+    old["JUDGE_TYPE"] = "offsetbias-lm"  # as generative judges were called
+    path.write_text(json.dumps(old))
+    assert loop.run(**one)[1] == 0
+    assert json.loads(path.read_text())["TRAINER"] == "inpo"
+    output, code = loop.run(WARMUP_RATIO="0.2", **one)
+    assert code == 1 and "WARMUP_RATIO: 0.1 then, 0.2 now" in output
+    assert loop.run(**one | {"ROUNDS": "2"})[1] == 0  # more rounds may follow
+    found = json.loads(path.read_text())
+    assert (found["ROUNDS"], found["ITERATIONS"]) == ("2", "2")
+    path.write_text(path.read_text().replace('"JUDGE_FLAGS": ""', '"JUDGE_FLAGS": "--labels "A,B""'))
+    output, code = loop.run(**one)
+    assert code == 1 and "is no valid JSON" in output and "JUDGE_FLAGS" in output
+
+
+# ---------------------------------------------------------------------------------------------- settings
 
 
 def test_any_judge_reaches_the_stages(loop):
-    models = loop.folder / "models"
-    plan, code = loop.run(
-        "--plan", JUDGE=f"{models}/judge,{models}/policy", JUDGE_TYPE="offsetbias-lm,bt-mixture", JUDGE_WEIGHTS="1,3"
-    )
-    flags = f"--judge {models}/judge,{models}/policy --judge_type offsetbias-lm,bt-mixture --judge_weights 1,3"
+    plan, code = loop.run("--plan", JUDGE="own/judge,own/policy", JUDGE_TYPE="generative,reward", JUDGE_WEIGHTS="1,3")
+    flags = "--judge own/judge,own/policy --judge_type generative,reward --judge_weights 1,3"
     assert code == 0 and plan.count(flags) == 6, plan  # four scorings, the last evaluation, the matrix
     plan = loop.run("--plan", JUDGE_FLAGS="--labels 'A x,B x' --reward_temperature 2")[0]
     assert plan.count("--labels A\\ x\\,B\\ x --reward_temperature 2") == 6, plan
-    output, code = loop.run(JUDGE=f"{models}/judge,no-such-model", JUDGE_TYPE="bt-mixture")
+    output, code = loop.run(JUDGE=f"{loop.folder}/models/judge,no-such-model", JUDGE_TYPE="reward")
     assert code == 1 and "no-such-model (MODEL or JUDGE): no such directory" in output
-    plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="openai", API_BASE="http://127.0.0.1:8000/v1")
+    plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="server", API_BASE="http://127.0.0.1:8000/v1")
     assert (
-        code == 0 and "--judge some-model --judge_type openai" in plan and "--api_base http://127.0.0.1:8000/v1" in plan
+        code == 0 and "--judge some-model --judge_type server" in plan and "--api_base http://127.0.0.1:8000/v1" in plan
     )
 
 
+def test_arguments_come_before_the_environment(loop):
+    plan, code = loop.run("METHOD=inpo-small", "ETA=0.25", "--plan", "UPDATE_INTERVAL=3", ETA="0.5")
+    assert code == 0 and plan.count("--eta 0.25") == 4 and "ETA=0.25 (0.333333)" in plan
+    assert "INPO, fixed reference, 4 iterations" in plan and "the reference stays" in plan
+    assert "UPDATE_INTERVAL is not used by METHOD=inpo-small" in plan
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, message",
+    [
+        (["LEARNING_RTE=1"], {}, "unknown argument LEARNING_RTE=1; did you mean LEARNING_RATE=...?"),
+        (["eta=1"], {}, "unknown argument eta=1; did you mean ETA=...?"),
+        (["--pln"], {}, "unknown argument --pln; did you mean --plan?"),
+        (["PATH=/"], {}, "unknown argument PATH=/"),
+        (["GPUS_PER_WORKER=2"], {}, "GPUS_PER_WORKER is now called TENSOR_PARALLEL_SIZE"),
+        (
+            [],
+            {"GPUS_PER_WORKER": "2"},
+            "GPUS_PER_WORKER is in the environment, but it is now called TENSOR_PARALLEL_SIZE",
+        ),
+        ([], {"LEARNING_RTE": "1"}, "LEARNING_RTE is in the environment; did you mean LEARNING_RATE?"),
+        ([], {"NUM_EPOCH": "1"}, "NUM_EPOCH is in the environment; did you mean NUM_EPOCHS?"),
+    ],
+)
+def test_misspelt_settings_are_refused(loop, arguments, environment, message):
+    output, code = loop.run(*arguments, **environment)
+    assert code == 1 and output.startswith(f"comal.sh: {message}") and not loop.exps.exists(), output
+
+
+def test_a_variable_that_may_mean_something_else_is_told_of(loop):
+    output, code = loop.run("--plan", SEEDS="0 1")
+    assert code == 0 and "WARNING: SEEDS in the environment is no setting, SEED is" in output
+
+
 def test_the_disk_is_checked(loop):
-    df = loop.folder / "bin/df"
-    df.write_text("#!/bin/sh\necho '/dev/x 9999999 9999 2048 99% /'\n")
-    df.chmod(0o755)
+    with open(loop.folder / "models/policy/model/model.safetensors", "wb") as file:
+        file.truncate(2**42)  # without contents
     output, code = loop.run()
-    assert code == 1 and "needs about 100 MiB" in output and "2 MiB free" in output and "KEEP_CKPTS=last" in output
+    assert code == 1 and "needs about 33555456 MiB" in output and "KEEP_CKPTS=last" in output, output
 
 
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ("ETA=0", "greater than 0"),
-        ("BETA=0.0", "greater than 0"),
-        ("LEARNING_RATE=0e-5", "greater than 0"),
-        ("TOP_P=0", "greater than 0"),
-        ("TOP_P=1.1", "at most 1"),
-        ("WARMUP_RATIO=2", "at most 1"),
-        ("KEEP_CKPTS=some", "choose one of: all rounds last"),
-        ("ON_ERROR=no", "choose one of: fail skip"),
-        ("SAVE_STEPS=x", "whole number"),
-        ("STALL_TIMEOUT=-1", "whole number"),
-        ("GPUS=97", "nvidia-smi lists"),
-        ("JUDGE_TYPE=bt", "should be offsetbias-lm, bt-mixture or openai"),
-        ("JUDGE_WEIGHTS=x", "should be numbers"),
-        ("JUDGE_TYPE=openai", "OPENAI_API_KEY is not set"),
+        ("RECIPE=Demo", "RECIPE=Demo is unknown; choose one of: demo full"),
+        ("METHOD=como", "METHOD=como is unknown; choose one of: comal inpo-small inpo-large iter-ipo iter-dpo ipo dpo"),
+        ("PAIR_RULE=bestworst", "PAIR_RULE=bestworst is unknown; choose one of: top_two best_worst random"),
+        ("SOFT_LABELS=maybe", "SOFT_LABELS=maybe is unknown; choose one of: true false"),
+        ("KEEP_CKPTS=some", "KEEP_CKPTS=some is unknown; choose one of: all rounds last"),
+        ("ON_ERROR=no", "ON_ERROR=no is unknown; choose one of: fail skip"),
+        ("ROUNDS=x", "ROUNDS=x should be a whole number, at least 1"),
+        ("EVAL_EVERY=0", "EVAL_EVERY=0 should be a whole number, at least 1"),
+        ("NUM_SAMPLES=1", "NUM_SAMPLES=1 should be a whole number, at least 2"),
+        ("UPDATE_INTERVAL=six", "UPDATE_INTERVAL=six should be a whole number, at least 0"),
+        ("SAVE_STEPS=x", "SAVE_STEPS=x should be a whole number, at least 0"),
+        ("STALL_TIMEOUT=-1", "STALL_TIMEOUT=-1 should be a whole number, at least 0"),
+        ("ETA=0", "ETA=0 should be greater than 0"),
+        ("ETA=-1", "ETA=-1 should be a number, or one a round, comma-separated"),
+        ("BETA=b", "BETA=b should be a number, 0 or more"),
+        ("BETA=0.0", "BETA=0.0 should be greater than 0"),
+        ("LEARNING_RATE=0e-5", "LEARNING_RATE=0e-5 should be greater than 0"),
+        ("TOP_P=0", "TOP_P=0 should be greater than 0"),
+        ("TOP_P=1.1", "TOP_P=1.1 should be at most 1"),
+        ("WARMUP_RATIO=2", "WARMUP_RATIO=2 should be at most 1"),
+        ("JUDGE_TYPE=bt", "JUDGE_TYPE=bt should be generative, reward or server; of several judges one each, "),
+        ("JUDGE_TYPE=reward,openai", "JUDGE_TYPE=reward,openai: openai is now called server"),
+        ("JUDGE_WEIGHTS=x", "JUDGE_WEIGHTS=x should be numbers, comma-separated"),
+        ("JUDGE_TYPE=server", "OPENAI_API_KEY is not set"),
+        ("JUDGE_FLAGS=--labels 'A", "JUDGE_FLAGS=--labels 'A cannot be split into flags: No closing quotation"),
+        ("NAME=../../x", "NAME=../../x should be the name of a folder in exps/"),
+        ("NAME=a/../../x", "NAME=a/../../x should be the name of a folder in exps/"),
+        ("NAME=/tmp/x", "NAME=/tmp/x should be the name of a folder in exps/"),
     ],
 )
-def test_wrong_settings_are_refused(loop, setting, message):
-    output, code = loop.run(**dict([setting.split("=")]))
+def test_wrong_settings_are_refused(setting, message):
+    name, value = setting.split("=")
+    methods = {"METHODS": re.search(r'METHODS="(.*?)"', (ROOT / "comal.sh").read_text(), re.S)[1]}
+    values = launch_settings.defaults({"RECIPE": "demo", "METHOD": "comal"}) | methods | {name: value}
+    with pytest.raises(launch_settings.Refused, match=f"^{re.escape(message)}"):
+        launch_settings.check_values(values)
+
+
+def test_a_wrong_setting_is_refused_at_once(loop):
+    """Before anything else is printed or written, as an argument and in the environment."""
+    for arguments, given in ((["--plan"], {"ETA": "0"}), (["ETA=0"], {})):
+        assert loop.run(*arguments, **given) == ("comal.sh: ETA=0 should be greater than 0\n", 1)
+    assert not loop.exps.exists()
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("MODEL=no/such/model", "no such directory"),
+        ("EVAL_PROMPTS=none.jsonl", "none.jsonl does not exist"),
+        ("SPLITS=9", "train_2.jsonl does not exist"),
+        ("GPUS=97", "GPUS=97 names GPU 97, but nvidia-smi lists: "),
+    ],
+)
+def test_what_does_not_exist_is_refused(loop, setting, message):
+    output, code = loop.run(setting)
     assert code == 1 and message in output and not loop.exps.exists(), output
+
+
+def test_every_setting_is_checked_for_what_it_is():
+    """Each of those that have a check exists, and what results depend on is the rest."""
+    known = launch_settings.settings().keys()
+    checked = {*launch_settings.CHOICES, *launch_settings.WHOLE, *launch_settings.NUMBERS, *launch_settings.FREE}
+    assert checked <= known
+    assert {"METHOD", "SEED", "ETA", "TEMPERATURE", "JUDGE_FLAGS", "FROM"} <= known - launch_settings.FREE
+
+
+# ---------------------------------------------------------------------------------------------- methods
+
+
+def planned(loop, script, **settings):
+    """The flags of every planned run of a script, in order."""
+    plan = loop.run("--plan", **settings)[0]
+    commands = [line.split() for line in plan.split("\n") if f" {script} " in line]
+    return [dict(zip(words, words[1:])) for words in commands]
+
+
+@pytest.mark.parametrize(
+    "method, trainer, moves",
+    [
+        ("comal", "inpo.py", {2: 1}),
+        ("inpo-small", "inpo.py", {}),
+        ("inpo-large", "inpo.py", {}),
+        ("iter-ipo", "ipo.py", {1: 0, 2: 1, 3: 2}),
+        ("iter-dpo", "dpo.py", {1: 0, 2: 1, 3: 2}),
+    ],
+)
+def test_the_reference_moves_as_the_method_says(loop, method, trainer, moves):
+    """`moves`: from which iteration on the reference is which iteration's policy (UPDATE_INTERVAL 2 for COMAL)."""
+    settings = {"METHOD": method, "MODEL": "own/policy", "DEMO_MODELS": "exps/none"}
+    flags = [words for words in planned(loop, "get_logprobs.py", **settings) if "/data/" in words["--output"]]
+    assert len(flags) == 4 and len(planned(loop, trainer, **settings)) == 4
+    expected = "own/policy"
+    for i, words in enumerate(flags):
+        expected = f"exps/{loop.name}/run/iter{moves[i]}/ckpt" if i in moves else expected
+        assert words["--reference"] == expected
+        assert words["--model"] == (f"exps/{loop.name}/run/iter{i - 1}/ckpt" if i else "own/policy")
+
+
+@pytest.mark.parametrize("method, trainer", [("ipo", "ipo.py"), ("dpo", "dpo.py")])
+def test_baselines_take_one_iteration_over_all_prompts(loop, method, trainer):
+    assert len(planned(loop, trainer, METHOD=method)) == 1
+    sampled = planned(loop, "sampling.py", METHOD=method, PROMPTS_DIR="prompts")
+    assert sampled[0]["--input"].startswith("prompts/train.jsonl")
+
+
+def test_one_eta_a_round(loop):
+    flags = planned(loop, "inpo.py", ROUNDS="3", ETA="0.002,0.1")
+    assert [words["--eta"] for words in flags] == ["0.002"] * 2 + ["0.1"] * 4
+
+
+def test_full_recipe_has_the_methods_own_eta(loop):
+    for method, eta in (("comal", "0.002"), ("inpo-large", "0.1")):
+        settings = {"RECIPE": "full", "METHOD": method, "PROMPTS_DIR": "own"}
+        assert {words["--eta"] for words in planned(loop, "inpo.py", **settings)} == {eta}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"NODES": "2"}, "MASTER_ADDR, the address of node 0, is not set"),
+        ({"NODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 should be less than NODES=2"),
+    ],
+)
+def test_the_address_of_node_0_is_needed(loop, settings, message):
+    output, code = loop.run("--plan", **settings)
+    assert code == 1 and message in output

@@ -10,11 +10,14 @@ import uuid
 import faults
 import pytest
 import torch
+from helpers.loop import ROOT, start
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def folder():
-    folder = faults.ROOT / "exps" / f"test-{uuid.uuid4().hex[:8]}"
+    folder = ROOT / "exps" / f"test-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     yield folder
     shutil.rmtree(folder)
@@ -30,7 +33,7 @@ def test_comal_killed_at_random_moments_gives_the_same_files(folder, demo_models
         "MAX_JUDGE_TOKENS": "1000",
     }
     with open(folder / "log", "ab") as log:
-        assert faults.start(log, folder.name, NAME=f"{folder.name}/plain", **settings).wait(600) == 0
+        assert start(log, folder.name, NAME=f"{folder.name}/plain", **settings).wait(600) == 0
     kills = list(
         faults.disturb(folder / "log", folder.name, 5, random.Random(0), 12, NAME=f"{folder.name}/killed", **settings)
     )

@@ -5,6 +5,7 @@ python -m pytest tests/test_nodes.py        as root, with ip from iproute2
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,10 @@ import sys
 import uuid
 
 import pytest
-from conftest import ROOT
+from helpers.loop import ROOT, default_signals, environment, wait_until
 from helpers.training import read, relative_difference
-from test_comal import wait_until
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = {
     "RECIPE": "demo",
@@ -28,6 +30,10 @@ SETTINGS = {
     "MASTER_ADDR": "10.77.0.1",
     "OMP_NUM_THREADS": "1",
 }
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def ip(*arguments):
@@ -62,27 +68,23 @@ def experiment(demo_models):
     shutil.rmtree(ROOT / "exps" / name, ignore_errors=True)
 
 
-def start(machines, rank, name, models, log, **settings):
-    environment = (
-        os.environ
-        | SETTINGS
-        | {
-            "NAME": f"{name}/run",
-            "DEMO_MODELS": str(models),
-            "NODE_RANK": str(rank),
-            "PYTHON": sys.executable,
-            "GLOO_SOCKET_IFNAME": f"cable{rank}",
-        }
-        | settings
-    )
+def start(machines, rank, name, models, log):
+    settings = SETTINGS | {
+        "NAME": f"{name}/run",
+        "DEMO_MODELS": str(models),
+        "NODE_RANK": str(rank),
+        "PYTHON": sys.executable,
+        "GLOO_SOCKET_IFNAME": f"cable{rank}",
+    }
     with open(log, "w") as output:
         return subprocess.Popen(
             ["ip", "netns", "exec", machines[rank], "bash", "comal.sh"],
             cwd=ROOT,
-            env=environment,
+            env=environment(**settings),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=default_signals,
         )
 
 
@@ -96,9 +98,7 @@ def test_two_machines_run_the_loop_together(machines, experiment, demo_models, t
     assert (
         "waits for node 0 to begin" in texts[1] and "node 1 has no more to do" in texts[1] and "done after" in texts[0]
     )
-    assert (
-        texts[1].count("stage training") == texts[1].count("stage logprobs") == 1 and "stage sampling" not in texts[1]
-    )
+    assert re.findall(r"^    (\w+)  ", texts[1], re.MULTILINE) == ["logprobs", "training"]
     wait_until(lambda: not (run / ".node0").exists(), 15)
     # The same as on one machine, up to the order of sums.
     iteration = run / "iter0"
@@ -156,7 +156,7 @@ def test_two_machines_run_the_loop_together(machines, experiment, demo_models, t
         [row["loss"] for row in read(folder / "metrics.jsonl") if "loss" in row]
         for folder in (iteration / "ckpt", tmp_path / "ckpt")
     ]
-    assert relative_difference(*losses) < 1e-3
+    assert max(abs(one - other) / abs(other) for one, other in zip(*losses, strict=True)) < 1e-3
 
 
 def test_the_others_end_when_node_0_does(machines, experiment, demo_models, tmp_path):
@@ -174,22 +174,3 @@ def test_the_others_end_when_node_0_does(machines, experiment, demo_models, tmp_
     finally:
         for process in (first, second):
             process.kill()
-
-
-def test_the_address_of_node_0_is_needed(tmp_path):
-    plan = subprocess.run(
-        ["bash", "comal.sh", "--plan"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"RECIPE": "demo", "NODES": "2", "MASTER_ADDR": ""},
-    )
-    assert plan.returncode == 1 and "MASTER_ADDR, the address of node 0, is not set" in plan.stderr
-    plan = subprocess.run(
-        ["bash", "comal.sh", "--plan"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"RECIPE": "demo", "NODES": "2", "NODE_RANK": "2"},
-    )
-    assert plan.returncode == 1 and "NODE_RANK=2 should be less than NODES=2" in plan.stderr

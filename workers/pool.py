@@ -144,7 +144,7 @@ def map_files(jobs: list[Job], make_work: Callable[[], Work], pool: PoolConfig, 
         desc=description,
         unit="record",
         smoothing=0.1,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
+        mininterval=float(os.environ.get("TQDM_MININTERVAL", 0.1 if sys.stderr.isatty() else 10)),
     ) as bar:
         for done in map_chunks(executor, chunks, partial(_give_up, pool.on_error), pool.stall_timeout):
             for number, journal in enumerate(journals):

@@ -6,6 +6,8 @@
 set -Eeuo pipefail
 dir=$1
 python=${PYTHON:-python3}
+# Two processes share the cores: threads that spin while they wait would cost the other one its time.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUNT-0}
 
 [[ -e $dir/policy/DONE && -e $dir/judge/DONE ]] && exit 0
 mkdir -p "$dir"

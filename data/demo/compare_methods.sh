@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The proof on the demo's game: COMAL, INPO with a fixed reference, Iter-IPO and Iter-DPO, 18 iterations each through the
-# whole pipeline, from several seeds.
+# Compares the methods on the demo's game: COMAL, INPO with a fixed reference, Iter-IPO and Iter-DPO, 18 iterations each
+# through the whole pipeline, from several seeds.
 #
 #   bash data/demo/compare_methods.sh            hours on two cores; started again, it goes on where it stopped
 #   SEEDS="0 1" JOBS=4 bash data/demo/compare_methods.sh
 #
-# Each run is METHOD=... SEED=... bash comal.sh; it goes to exps/compare/METHOD-SEED, what it prints to METHOD-SEED.log.
+# Each run is bash comal.sh METHOD=... SEED=...; it goes to exps/compare/METHOD-SEED, what it prints to METHOD-SEED.log.
 # The table and compare.svg show the duality gap by iteration: game.py compare.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -25,10 +25,11 @@ runs=() failed=
 for seed in $SEEDS; do for method in $METHODS; do runs+=("$method-$seed"); done; done
 
 play() {  # METHOD-SEED: one run, without what the picture does not need
-  # vLLM would bind the threads of all runs to the same cores.
-  exec env RECIPE=demo GPUS=none METHOD="${1%-*}" SEED="${1##*-}" NAME="compare/$1" ROUNDS=3 EVAL_EVERY=18 \
-    OMP_NUM_THREADS="$threads" VLLM_CPU_OMP_THREADS_BIND=nobind \
-    bash comal.sh >"$folder/$1.log" 2>&1
+  # vLLM would bind the threads of all runs to the same cores; threads that spin would cost the other runs their time.
+  exec env -u METHODS -u SEEDS OMP_NUM_THREADS="$threads" VLLM_CPU_OMP_THREADS_BIND=nobind \
+    OMP_WAIT_POLICY="${OMP_WAIT_POLICY-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT-0}" \
+    bash comal.sh RECIPE=demo GPUS=none METHOD="${1%-*}" SEED="${1##*-}" NAME="compare/$1" ROUNDS=3 EVAL_EVERY=18 \
+    >"$folder/$1.log" 2>&1
 }
 
 trap 'trap "" TERM; kill -TERM $(jobs -p) 2>/dev/null; wait; exit 143' INT TERM HUP

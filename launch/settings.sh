@@ -1,0 +1,38 @@
+# The settings that are rarely changed, in the form of those in comal.sh: each can be an argument of comal.sh or stand
+# in the environment, and `bash comal.sh --help` explains it.
+
+# Models and judges
+TOKENIZER=${TOKENIZER-Qwen/Qwen2-1.5B}  # of the policy; empty: the one that the policy's folder has
+JUDGE_TYPE=${JUDGE_TYPE:-generative}  # generative (answers with a label), reward (a reward model), server; or one each
+JUDGE_WEIGHTS=${JUDGE_WEIGHTS:-}  # of a panel's members, by comma; empty: equal
+TEMPLATE=${TEMPLATE:-prompts/offsetbias.txt}  # the judge's prompt; of a panel one, or one each
+API_BASE=${API_BASE:-}  # address of a server that judges, ending in /v1; its key is OPENAI_API_KEY in the environment
+JUDGE_FLAGS=${JUDGE_FLAGS:-}  # more flags for scoring.py, quoted as in a shell: "--labels 'A,B' --reward_temperature 2"
+FROM=${FROM:-}  # exps/OTHER/iterN: a fork, which goes on after that iteration with its policy and its reference
+
+# Sampling and judging
+MAX_PROMPT_TOKENS=${MAX_PROMPT_TOKENS:-2048}  # longer prompts are skipped and listed
+MAX_JUDGE_TOKENS=${MAX_JUDGE_TOKENS:-8191}  # longer judging prompts are skipped and listed
+EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-0.7}  # of the answers to the evaluation prompts
+KL_FROM_START=${KL_FROM_START:-true}  # measure the KL from the initial policy at each round's end
+
+# Training
+WARMUP_RATIO=${WARMUP_RATIO:-0.1}  # share of the updates in which the learning rate rises
+MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0}  # tokens of a forward pass on one GPU; 0: one pair at a time
+MAX_GRAD_NORM=${MAX_GRAD_NORM:-0}  # gradients are clipped to this norm; 0: not at all
+GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false}  # true: less memory, a third more time
+SAVE_STEPS=${SAVE_STEPS:-200}  # updates between points where training can go on; 0: none
+KEEP_CKPTS=${KEEP_CKPTS:-all}  # which checkpoints stay: all, rounds (the last of each) or last (what is still needed)
+REPORT_TO=${REPORT_TO:-tensorboard}  # training curves: tensorboard, wandb, both by comma, or none
+
+# Machines
+RECIPE=${RECIPE:-demo}  # full, or demo (data/demo/settings.sh); without it comal.sh takes full where it finds a GPU
+GPUS=${GPUS:-auto}  # auto, none, or physical numbers as nvidia-smi shows them: 0,2,3
+TENSOR_PARALLEL_SIZE=${TENSOR_PARALLEL_SIZE:-1}  # GPUs that share one vLLM engine
+ENGINE=${ENGINE:-local}  # of sampling and judging: local, or ray on a Ray cluster
+ON_ERROR=${ON_ERROR:-fail}  # a record that ends its workers: fail, or skip it and list it
+STALL_TIMEOUT=${STALL_TIMEOUT:-1800}  # seconds without progress after which a worker is replaced; 0: never
+NODES=${NODES:-${SLURM_STEP_NUM_NODES:-1}}  # machines; start comal.sh on each, in one shared folder (launch/slurm.sh)
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}  # of this machine; 0 runs the loop, the others join in
+MASTER_ADDR=${MASTER_ADDR:-}  # address of node 0
+MASTER_PORT=${MASTER_PORT:-29500}  # a free port there
