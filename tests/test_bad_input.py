@@ -60,7 +60,7 @@ BASELINE = {"baseline.jsonl": [SAMPLES]}
 # fmt: off
 ROWS = [
     # ---- files of prompts
-    row("sampling", "empty-file", "in.jsonl | is empty", b""),
+    row("sampling", "empty-file", "input file {tmp}/in.jsonl | is empty", b""),
     row("sampling", "blank-lines", "in.jsonl | no records", b"\n\r\n\n"),
     row("sampling", "directory", "{tmp} | is not a file", input="{tmp}"),
     row("sampling", "device", "/dev/null | is not a file", input="/dev/null"),
