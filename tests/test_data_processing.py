@@ -178,23 +178,6 @@ def test_make_pairs_gives_the_same_file_for_the_same_seed(jsonl, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "record, settings, message",
-    [
-        (scored(EVEN), {}, "no usable pair in 1 records"),
-        (scored(THREE), {"max_length": 3}, "no usable pair in 1 records .*longer than 3 tokens"),
-        (scored(THREE), {"pair_rule": "best"}, "--pair_rule should be one of top_two, best_worst, random, got best"),
-        (scored([[None]]), {}, "1 entries, needed: 2"),
-        ({"prompt_id": "a"}, {}, "line 1: prompt_id a: field prompt is missing"),
-    ],
-)
-def test_make_pairs_fails_without_an_output(jsonl, tmp_path, record, settings, message):
-    scores = jsonl("scores", record)
-    with pytest.raises(StageError, match=message):
-        make_pairs(str(scores), str(tmp_path / "pairs"), **settings)
-    assert list(tmp_path.iterdir()) == [scores]
-
-
 # ---- make_prompts ----
 
 NUM_PROMPTS = 40
@@ -272,26 +255,6 @@ def test_make_prompts_leaves_out_excluded_prompts(split, jsonl):
     unwanted = jsonl("unwanted.jsonl", *({"prompt": f" {text}\n"} for text in everything["test"]))
     found = split("b", ultrafeedback(), exclude=str(unwanted))
     assert set(found["test"]) | set(found["train"]) == set(everything["train"])
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"num_test": 38}, "40 different prompts are too few for 38 test prompts .* and 3 train splits"),
-        ({"field": "prompt"}, "has no column 'prompt'; it has instruction, source"),
-        ({"exclude": "no-such-file"}, "no-such-file"),
-    ],
-)
-def test_make_prompts_refuses(split, tmp_path, settings, message):
-    with pytest.raises((StageError, FileNotFoundError), match=message):  # run() shows both as one line
-        split("a", ultrafeedback(), **settings)
-    assert not (tmp_path / "a").exists()
-
-
-def test_make_prompts_names_a_file_that_is_not_json(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{ no\n")
-    with pytest.raises(StageError, match="rows.jsonl: not readable as json"):
-        make_prompts(str(tmp_path / "a"), str(tmp_path / "rows.jsonl"))
 
 
 # ---- make_sft ----
@@ -372,22 +335,11 @@ def test_make_sft_shuffles_by_seed_and_takes_no_more_than_the_limit(sft):
     assert validation == first[1] and train == first[0][:2]
 
 
-def test_make_sft_refuses_a_validation_file_of_everything(sft, tmp_path):
-    with pytest.raises(StageError, match="12 usable examples are too few for 12 of validation"):
-        sft(num_validation=12)
-    assert not list(tmp_path.glob("sft*"))
-
-
-def test_make_sft_refuses_rows_without_messages(jsonl, tmp_path):
-    with pytest.raises(StageError, match="has no column 'messages'; it has text"):
-        make_sft(str(tmp_path / "a"), str(tmp_path / "b"), str(jsonl("rows.jsonl", {"text": "x"})))
-
-
 def test_make_sft_refuses_one_file_for_two_purposes(jsonl, tmp_path):
     rows = jsonl("rows.jsonl", *ultrachat())
     before = rows.read_text()
     for output, validation in (("a", "a"), ("rows.jsonl", "b"), ("a", "rows.jsonl")):
-        with pytest.raises(StageError):
+        with pytest.raises(StageError, match="--local_file should be different files"):
             make_sft(str(tmp_path / output), str(tmp_path / validation), str(rows), num_validation=4)
     assert rows.read_text() == before and list(tmp_path.iterdir()) == [rows]
 

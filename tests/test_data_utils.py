@@ -63,23 +63,10 @@ def test_resolve_model_finds_a_model_subfolder(tmp_path):
         assert resolve_model(str(tmp_path / name)) == str(tmp_path / "ckpt/model")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where"])
+@pytest.mark.parametrize("name", ["./no/where", "/no/where"])
 def test_resolve_model_names_what_is_missing(name):
     with pytest.raises(StageError, match=f"{name}: no such directory"):
         resolve_model(name)
-
-
-def test_resolve_model_refuses_a_directory_without_a_model(tmp_path):
-    with pytest.raises(StageError, match="no config.json"):
-        resolve_model(str(tmp_path))
-
-
-def test_load_tokenizer_refuses_one_without_a_chat_template(tokenizers, model_dirs, tmp_path):
-    plain = load_tokenizer(model_dirs["policy"])
-    plain.chat_template = None
-    plain.save_pretrained(tmp_path)
-    with pytest.raises(StageError, match="no chat template"):
-        load_tokenizer(model_dirs["policy"], str(tmp_path))
 
 
 # ---- Chat encoding ----

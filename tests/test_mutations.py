@@ -13,9 +13,9 @@ import math
 import warnings
 
 import pytest
+from helpers.examples import CHAT, DATA, END, PAIR, SAMPLES, SCORES, TEXTS, VOCABULARY, ids, message, sample
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from test_bad_input import CHAT, DATA, END, PAIR, SAMPLES, SCORES, TEXTS, VOCABULARY, ids, message, sample
 
 import data_processing
 from analysis.comparisons import join_responses

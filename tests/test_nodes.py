@@ -14,7 +14,6 @@ import uuid
 
 import pytest
 from helpers.loop import ROOT, default_signals, environment, wait_until
-from helpers.training import read, relative_difference
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,6 @@
 python -m pytest tests/test_utils.py
 """
 
-import gzip
 import json
 import subprocess
 import sys
@@ -144,20 +143,13 @@ def ran(result):
     [
         (["--text", "a", "--cuont", "3"], "unknown argument --cuont; did you mean --count?"),
         (["--cuont=3", "--text", "a"], "unknown argument --cuont"),
-        (["--text", "a", "--zzz"], "see stage.py --help"),
-        (["--text", "a", "--count", "three"], "--count: invalid int value: 'three'"),
         (["--text", "a", "--count", "1e3"], "--count: invalid int value: '1e3'"),
-        (["--text", "a", "--count", "2.0"], "--count: invalid int value: '2.0'"),
         (["--text", "a", "--quick=maybe"], "--quick: should be true or false, got 'maybe'"),
-        (["--text", "a", "--quick", "maybe"], "--quick: should be true or false, got 'maybe'"),
-        (["--count", "3"], "missing --text"),
         ([], "missing --text"),
         (["a"], "unknown argument a"),
-        (["--text", "a", "b"], "unknown argument b"),
         (["-text", "a"], "unknown argument -text"),
         (["--text", "a", "--", "--trace"], "unknown argument --"),
         (["--text", "--count", "3"], "--text: expected one argument"),
-        (["--text", "a", "--count"], "--count: expected one argument"),
     ],
 )
 def test_run_refuses_before_the_function_runs(stage, words, message):
@@ -277,15 +269,6 @@ def test_run_ends_with_a_message_and_without_a_traceback(stage, how, code, messa
     assert "Traceback" not in err
 
 
-def test_run_exit_code_of_a_real_stage(tmp_path):
-    flags = ["--input", "no-such-file", "--output", str(tmp_path / "a")]
-    command = [sys.executable, "data_processing.py", "make_pairs", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "data_processing.py make_pairs: error: input file no-such-file does not exist"
-    assert not list(tmp_path.iterdir())
-
-
 # ---- Files ----
 
 
@@ -303,20 +286,15 @@ def test_file_lists_pairs_inputs_with_outputs(jsonl):
 @pytest.mark.parametrize(
     "input, output, message",
     [
-        ("a,b", "x", "--input has 2, --output has 1"),
         ("", "", "--input has 0"),
         ("a,missing", "x,y", "missing does not exist"),
-        ("empty", "x", "empty is empty"),
-        ("folder", "x", "folder is not a file"),
         ("a", "/dev/null", "is a device"),
         ("a,b", "x,./x", "written twice"),
-        ("a", "./a", "is also an input"),
         ("a,b", "x,folder/../a", "is also an input"),
-        ("a", "folder", "is a directory"),
     ],
 )
 def test_file_lists_refuses(jsonl, tmp_path, monkeypatch, input, output, message):
-    jsonl("a", {}), jsonl("b", {}), jsonl("empty"), (tmp_path / "folder").mkdir()
+    jsonl("a", {}), jsonl("b", {}), (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StageError, match=message):
         file_lists(input=input, output=output)
