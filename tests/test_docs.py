@@ -130,7 +130,7 @@ def test_commands_have_flags_that_exist(page, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- file formats
 
-SCHEMAS = {name: kind for name, kind in vars(records).items() if typing.is_typeddict(kind)}
+SCHEMAS = {name: kind for name, kind in vars(records).items() if typing.is_typeddict(kind) and kind.__annotations__}
 TYPES = {
     str: "text",
     int: "whole number",
