@@ -272,7 +272,7 @@ def test_example_trainer_trains(slic_loss, setting, single_process, tmp_path, so
 def test_example_trainer_documents_its_flags(slic_loss, tmp_path):
     (tmp_path / "slic.py").write_text(example("slic.py"))
     main = runpy.run_path(str(tmp_path / "slic.py"), run_name="slic")["main"]
-    assert utils._read_flags("slic.py", main, "--beta 0.2 --model M --input I --output O".split())["beta"] == 0.2
+    assert utils._read_flags("slic.py", main, shlex.split("--beta 0.2 --model M --input I --output O"))["beta"] == 0.2
     assert "beta:" in inspect.getdoc(main) and "soft_labels:" in inspect.getdoc(main)
 
 
