@@ -5,13 +5,17 @@ python -m pytest tests/test_docs.py
 
 import inspect
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 import types
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,9 +221,10 @@ def test_recipes_page_has_every_setting_with_its_default_and_no_other():
     assert written == {name: nested.sub(r"\1\2", value) or "empty" for name, value in defaults.items()}
 
 
-def test_pages_name_every_pair_rule():
-    for rule in data_processing.PAIR_RULES:
-        assert f"`{rule}`" in text("docs/recipes.md")
+def test_every_pair_rule_is_explained_and_is_a_value_of_the_setting():
+    choices = runpy.run_path(str(ROOT / "launch/settings.py"))["CHOICES"]
+    assert set(choices["PAIR_RULE"]) == set(data_processing.PAIR_RULES)
+    assert all(f"`{rule}`" in text("docs/recipes.md") for rule in data_processing.PAIR_RULES)
 
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -227,7 +232,7 @@ def test_pages_name_every_pair_rule():
 
 def example(name):
     """The code on docs/extending.md after the comment `<!-- test: NAME -->`."""
-    return re.search(rf"<!-- test: {re.escape(name)} -->\n```python\n(.*?)```", text("docs/extending.md"), re.DOTALL)[1]
+    return re.search(rf"<!-- test: {re.escape(name)} -->\n```\w+\n(.*?)```", text("docs/extending.md"), re.DOTALL)[1]
 
 
 def run_example(name, module):
@@ -276,6 +281,45 @@ def test_example_trainer_documents_its_flags(slic_loss, tmp_path):
     main = runpy.run_path(str(tmp_path / "slic.py"), run_name="slic")["main"]
     assert utils._read_flags("slic.py", main, shlex.split("--beta 0.2 --model M --input I --output O"))["beta"] == 0.2
     assert "beta:" in inspect.getdoc(main) and "soft_labels:" in inspect.getdoc(main)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of what `comal.sh --plan` and `--help` need."""
+    for name in ("launch", "data/demo", "prompts"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "comal.sh", tmp_path)
+
+    def insert(path, after, line):
+        assert text(path).count(after) == 1
+        (tmp_path / path).write_text((tmp_path / path).read_text().replace(after, after + line))
+
+    def comal(*arguments):
+        environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable}
+        return subprocess.run(
+            ["bash", tmp_path / "comal.sh", *arguments], env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    return SimpleNamespace(insert=insert, comal=comal)
+
+
+def test_example_method_is_planned(copy):
+    (dpo,) = re.findall(r"^  iter-dpo .*\n", text("comal.sh"), re.MULTILINE)
+    copy.insert("comal.sh", dpo, example("METHODS"))
+    copy.insert("comal.sh", '  if [[ $TRAINER == dpo ]]; then loss=(--beta "$BETA"); fi\n', example("train"))
+    plan = copy.comal("--plan", "METHOD=iter-slic", "RECIPE=demo", "GPUS=none")
+    assert plan.returncode == 0, plan.stderr
+    commands = re.findall(r"slic\.py .*", plan.stdout)
+    assert len(commands) == 12
+    assert all("--beta 2 " in command and "--soft_labels true " in command for command in commands)
+    assert "--model exps/demo-iter-slic/iter10/ckpt " in commands[-1]
+
+
+def test_example_setting_is_explained(copy):
+    copy.insert("launch/settings.sh", text("launch/settings.sh"), example("launch/settings.sh"))
+    shown = copy.comal("--help")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"WEIGHT_DECAY=0\.0 +of AdamW", shown.stdout)
 
 
 # P(i beats j). The scores are 0.6, 0.5 and 0.4; the clearest verdict is that 1 beats 2.
