@@ -7,6 +7,7 @@ not know are kept and passed on. `prompt_id` is the key: text, unique in a file,
 
 import codecs
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -279,7 +280,8 @@ def check(record, schema, first, seen):
         if schema in CHECKS:
             CHECKS[schema](record, first)
         if key in seen:
-            raise ValueError("it occurs a second time")
+            origin = " (made from the text)" if schema in KEYS and key == fingerprint(KEYS[schema](record)) else ""
+            raise ValueError(f"the id{origin} occurs a second time")
     except ValueError as error:
         raise ValueError(f"prompt_id {key}: {error}" if key is not None else str(error)) from None
     if key is not None:
@@ -293,8 +295,9 @@ def decode(line: bytes, schema: type) -> dict:
     """The record of one line, with its key as text. Raises ValueError, with the `prompt_id` where there is one."""
     try:
         record = _decoder.decode(line.removeprefix(codecs.BOM_UTF8))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON in UTF-8 ({error}); the file may be truncated") from None
+    except (ValueError, RecursionError):
+        cut = "" if line.endswith(b"\n") else "; the file may have been cut off here"
+        raise ValueError(f"not valid JSON in UTF-8: {_why_not_json(line)}{cut}") from None
     try:
         msgspec.convert(record, schema)
     except msgspec.ValidationError as error:
@@ -305,6 +308,14 @@ def decode(line: bytes, schema: type) -> dict:
     if key is not None:
         record["prompt_id"] = str(key)
     return record
+
+
+def _why_not_json(line):
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return error
+    return "NaN, a number that is too large, or half a character (a lone surrogate)"  # which Python's parser takes
 
 
 def _explain(error, record):
@@ -321,7 +332,19 @@ def _explain(error, record):
         where += f"{place}: " if place else ""
         return f"{where}field {name} is missing{writer}; found {', '.join(found) or 'no field'}"
     expected = message.partition(", got ")[0].removeprefix("Expected ").replace("`", "")
+    for pattern, words in _WORDS.items():
+        expected = re.sub(pattern, words, expected)
     return f"{where}{place} should be {expected}, got {repr(_at(record, place))[:100]}"
+
+
+# msgspec's words for what a value should be, and a user's.
+_WORDS = {
+    r"str matching regex.*": "text that is not blank",
+    r"float (<= 0.001|> -1e.?30)": "a log-probability, 0 or less",
+    r"int \| str( \| null)?": "text or a number",
+    r"^array": "a list",
+    r"^object": "an object",
+}
 
 
 def _at(value, place):

@@ -136,7 +136,7 @@ def test_unscored_pair_dataset_keeps_ids_and_labels_that_are_there(jsonl, tokeni
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"ref_rejected_logp": -1e31}, "ref_rejected_logp should be float > -1e[+]?30"),
+        ({"ref_rejected_logp": -1e31}, "ref_rejected_logp should be a log-probability, 0 or less"),
         ({"chosen_token_ids": [1.0]}, "chosen_token_ids.0. should be int, got 1.0"),
         ({"prompt_token_ids": ["a"]}, "prompt_token_ids.0. should be int, got .a."),
     ],
@@ -210,7 +210,7 @@ def test_chat_dataset_refuses_a_weight_that_is_no_number(jsonl, tokenizers, weig
 
 @pytest.mark.parametrize("messages", [user("x"), assistant("y"), user("x") + assistant("y") + user("z")])
 def test_chat_dataset_needs_a_prompt_and_an_answer(jsonl, tokenizers, messages):
-    with pytest.raises(StageError, match="chats.jsonl, line 1: messages should (be array of length >= 2|end with)"):
+    with pytest.raises(StageError, match="chats.jsonl, line 1: messages should (be a list of length >= 2|end with)"):
         chats(jsonl, tokenizers["policy"], {"messages": messages})
 
 

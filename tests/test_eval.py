@@ -118,7 +118,7 @@ def test_join_responses_names_what_is_missing(jsonl):
     "records, message",
     [
         ([response("a", "x", prompt="another")], "have different prompts under prompt_id a"),
-        ([response("a", "x"), response("a", "y")], "theirs, line 2: prompt_id a: it occurs a second time"),
+        ([response("a", "x"), response("a", "y")], "theirs, line 2: prompt_id a: the id occurs a second time"),
         ([{"prompt_id": "a", "prompt": "x"}], "theirs, line 1: prompt_id a: field samples is missing"),
         ([response("a", "x") | {"samples": []}], "a"),
         ([], "theirs: no records"),

@@ -102,8 +102,8 @@ GOOD = '{"prompt_id": "a", "prompt": "x"}\n'
         (b'{"prompt_id": "b", "prompt": ["x"]}\n', "prompt_id b: prompt should be str, got ['x']"),
         (b'{"prompt_id": true, "prompt": "x"}\n', "prompt_id should be"),
         (b'{"prompt_id": ["3"], "prompt": "x"}\n', "prompt_id should be"),
-        (b'{"prompt_id": "b", "prompt": " \\n"}\n', "prompt should be str matching"),
-        (GOOD.encode(), "prompt_id a: it occurs a second time"),
+        (b'{"prompt_id": "b", "prompt": " \\n"}\n', "prompt should be text that is not blank"),
+        (GOOD.encode(), "prompt_id a: the id"),
     ],
 )
 def test_read_names_file_and_line(tmp_path, second, words):
@@ -156,10 +156,10 @@ def test_read_refuses_prompts_with_one_key(jsonl, first, second):
         (scored(prompt_token_ids=["1"]), "prompt_token_ids[0] should be int"),
         (scored(prompt_token_ids=[True]), "prompt_token_ids[0] should be int"),
         (scored(prompt_token_ids=[-1]), "prompt_token_ids[0] should be int >= 0, got -1"),
-        (scored(samples=["a", "b"]), "samples[0] should be object, got 'a'"),
+        (scored(samples=["a", "b"]), "samples[0] should be an object, got 'a'"),
         (scored(samples=[SAMPLE, {"text": "a"}]), "samples[1]: field token_ids is missing"),
         (scored(samples=[SAMPLE | {"text": 1}] * 2), "samples[0].text should be str, got 1"),
-        (scored(win_probs=None), "win_probs should be array, got None"),
+        (scored(win_probs=None), "win_probs should be a list, got None"),
         (scored(win_probs=[[None], [None]]), "win_probs should be 2 x 2 numbers"),
         (scored(win_probs=[[None, None], [None, None]]), "win_probs[1][0] and [0][1] should be probabilities"),
         (scored(win_probs=[[None, 1.2], [-0.2, None]]), "win_probs[0][1] should be float"),

@@ -3,6 +3,7 @@
 python -m pytest tests/test_utils.py
 """
 
+import gzip
 import json
 import subprocess
 import sys

@@ -108,9 +108,8 @@ class PairDataset(JsonlDataset):
         tensors `last_chosen_logps` ... `ref_rejected_logps`, `win_prob`."""
         batch = {"rows": [(r["prompt_token_ids"], [r["chosen_token_ids"], r["rejected_token_ids"]]) for r in records]}
         batch["win_prob"] = torch.tensor([r["win_prob"] for r in records], dtype=torch.float32)
-        for name in LOGP_FIELDS:
-            if all(name in record for record in records):
-                batch[f"{name}s"] = torch.tensor([r[name] for r in records], dtype=torch.float32)
+        for name in LOGP_FIELDS if self.schema is Data else ():
+            batch[f"{name}s"] = torch.tensor([r[name] for r in records], dtype=torch.float32)
         batch["prompt_ids"] = [r["prompt_id"] for r in records]
         return batch
 
