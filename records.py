@@ -260,7 +260,8 @@ def scan(path: str | Path, schema: type) -> Iterator[tuple[int, dict]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             begin, offset = offset, offset + len(line)
-            if not line.removeprefix(codecs.BOM_UTF8).strip():
+            line = line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
+            if not line.strip():
                 continue
             try:
                 record = decode(line, schema)
@@ -273,6 +274,13 @@ def scan(path: str | Path, schema: type) -> Iterator[tuple[int, dict]]:
         raise StageError(f"{path}: no records")
 
 
+def read_at(path: str | Path, offset: int, schema: type) -> dict:
+    """The record whose line begins at an offset that `scan` has given."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return decode(file.readline().removeprefix(b"" if offset else codecs.BOM_UTF8), schema)
+
+
 def check(record, schema, first, seen):
     """What a schema's types cannot say, and that the key is not in `seen`, to which it is added. Raises ValueError."""
     key = record.get("prompt_id")
@@ -283,7 +291,7 @@ def check(record, schema, first, seen):
             origin = " (made from the text)" if schema in KEYS and key == fingerprint(KEYS[schema](record)) else ""
             raise ValueError(f"the id{origin} occurs a second time")
     except ValueError as error:
-        raise ValueError(f"prompt_id {key}: {error}" if key is not None else str(error)) from None
+        raise ValueError(f"prompt_id {key[:100]}: {error}" if key is not None else str(error)) from None
     if key is not None:
         seen.add(key)
 
@@ -294,7 +302,7 @@ _decoder = msgspec.json.Decoder()
 def decode(line: bytes, schema: type) -> dict:
     """The record of one line, with its key as text. Raises ValueError, with the `prompt_id` where there is one."""
     try:
-        record = _decoder.decode(line.removeprefix(codecs.BOM_UTF8))
+        record = _decoder.decode(line)
     except (ValueError, RecursionError):
         cut = "" if line.endswith(b"\n") else "; the file may have been cut off here"
         raise ValueError(f"not valid JSON in UTF-8: {_why_not_json(line)}{cut}") from None
@@ -324,7 +332,7 @@ def _explain(error, record):
         return f"should be a JSON object, got {dump_json(record)[:100]}"
     message, _, place = str(error).partition(" - at ")
     place = place.strip("`").removeprefix("$").removeprefix(".")
-    where = f"prompt_id {record['prompt_id']}: " if "prompt_id" in record else ""
+    where = f"prompt_id {str(record['prompt_id'])[:100]}: " if "prompt_id" in record else ""
     missing = re.fullmatch(r"Object missing required field `(\w+)`", message)
     if missing:
         name, found = missing[1], _at(record, place)

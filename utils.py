@@ -80,7 +80,8 @@ def _read_flags(program, command, words):
     parser = _Parser(program, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parameters = list(inspect.signature(command).parameters.values())
     config = next((p.annotation for p in parameters if p.kind is p.VAR_KEYWORD), None)
-    flags = {p.name: (p.annotation, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
+    own = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    flags = {p.name: (str if p.annotation is p.empty else p.annotation, p.default) for p in own}
     for field in dataclasses.fields(config) if config else ():
         flags[field.name] = field.type, inspect._empty if field.default is dataclasses.MISSING else field.default
     documented = [command, *(inspect.getmro(config)[:-1] if config else ())]

@@ -18,9 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import fire
 import torch
 from common import ROOT, make_model, make_pairs, record, seconds
+
+from utils import run
 
 TRL = "trl==1.16.0"
 WAYS = {"ours": {}, "TRL": {}, "TRL-padding-free": {"padding_free": True}}
@@ -111,7 +112,7 @@ def our_step_times(prompts, shape, precision, count, seed):
     print("times", json.dumps(times[1:]))
 
 
-def main(prompts, shape="44M", precision="bf16", count=16, seed=0, run=""):
+def main(prompts: str, shape: str = "44M", precision: str = "bf16", count: int = 16, seed: int = 0, run: str = ""):
     """Measure and append to RESULTS.md."""
     if run:
         return (our_step_times if run == "ours" else step_times_of_trl)(
@@ -165,4 +166,4 @@ def step_times(way, folder, prompts, shape, precision, count, seed):
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

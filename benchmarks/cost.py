@@ -12,9 +12,13 @@ GPU: the shares for log-probabilities and training are those of RESULTS.md, of a
 below the table. Replace them by your own.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-import fire
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import run  # noqa: E402
 
 ITERATIONS, PROMPTS, TEST, EVALUATED, K, EPOCHS, GLOBAL_BATCH = 42, 10_000, 2_000, 805, 5, 3, 32
 PROMPT, RESPONSE, JUDGE_TEMPLATE = 190, 300, 270  # tokens, means; the evaluation compares with two baselines
@@ -120,18 +124,18 @@ def hours(policy, gpus, rates):
 
 
 def main(
-    matrix_rate=700.0,
-    bandwidth=4.8,
-    memory=141.0,
-    link=450.0,
-    network=50.0,
-    disk=2.0,
-    start=60.0,
-    sequences=256,
-    decoding=0.6,
-    reading=0.5,
-    logprobs=0.6,
-    training=0.49,
+    matrix_rate: float = 700.0,
+    bandwidth: float = 4.8,
+    memory: float = 141.0,
+    link: float = 450.0,
+    network: float = 50.0,
+    disk: float = 2.0,
+    start: float = 60.0,
+    sequences: int = 256,
+    decoding: float = 0.6,
+    reading: float = 0.5,
+    logprobs: float = 0.6,
+    training: float = 0.49,
 ):
     """Print the tables.
 
@@ -212,4 +216,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

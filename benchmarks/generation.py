@@ -16,9 +16,9 @@ import pickle
 import tempfile
 import time
 
-import fire
 from common import forward_flops, in_its_own_process, matrix_rate, random_model, read_prompt_texts, record
 
+from utils import run
 from vllm_model import Sampler, SamplerConfig
 from workers.scheduler import IN_FLIGHT
 from workers.worker import Worker, run_here
@@ -71,15 +71,15 @@ def streaming(sampler, tasks):
 
 
 def main(
-    prompts,
-    policy="exps/demo-models/policy",
-    hidden=256,
-    layers=4,
-    count=64,
-    num_samples=5,
-    batch=16,
-    max_new_tokens=512,
-    gpus="auto",
+    prompts: str,
+    policy: str = "exps/demo-models/policy",
+    hidden: int = 256,
+    layers: int = 4,
+    count: int = 64,
+    num_samples: int = 5,
+    batch: int = 16,
+    max_new_tokens: int = 512,
+    gpus: str = "auto",
 ):
     """Measure and append to RESULTS.md."""
     texts = [text for text in read_prompt_texts(prompts) if len(text) < 600][:count]
@@ -130,4 +130,4 @@ def floor_seconds(folder, records, samples):
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

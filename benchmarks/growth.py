@@ -22,11 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import fire
 import numpy as np
 from common import ROOT, random_model, read_prompt_texts, record
 
 from records import Samples, read
+from utils import run
 
 SWEEPS = {  # (prompts, K, max_new_tokens) of three sizes; the smallest of all tells the start
     "prompts": [(100, 4, 64), (316, 4, 64), (1000, 4, 64)],
@@ -160,7 +160,7 @@ def measure(texts, policy, judge, size):
     return found, mean
 
 
-def main(prompts, sweep="", policy="exps/demo-models/policy", judge="exps/demo-models/judge"):
+def main(prompts: str, sweep: str = "", policy: str = "exps/demo-models/policy", judge: str = "exps/demo-models/judge"):
     """Measure and append to RESULTS.md."""
     texts = [text for text in dict.fromkeys(read_prompt_texts(prompts)) if len(text) < 400]
     with tempfile.TemporaryDirectory() as folder:
@@ -198,4 +198,4 @@ def main(prompts, sweep="", policy="exps/demo-models/policy", judge="exps/demo-m
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

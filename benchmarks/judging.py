@@ -17,12 +17,12 @@ import os
 import tempfile
 import time
 
-import fire
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
 from judges import generative
 from judges.base import JudgeConfig, sigmoid
 from judges.generative import GenerativeJudge
+from utils import run
 from workers.worker import run_here
 
 LABELS = "Output (a)", "Output (b)"
@@ -139,7 +139,15 @@ def distinct_prefixes(prompts):
     return total
 
 
-def main(prompts, judge="exps/demo-models/judge", hidden=0, layers=8, count=16, num_samples=5, gpus="auto"):
+def main(
+    prompts: str,
+    judge: str = "exps/demo-models/judge",
+    hidden: int = 0,
+    layers: int = 8,
+    count: int = 16,
+    num_samples: int = 5,
+    gpus: str = "auto",
+):
     """Measure and append to RESULTS.md."""
     with tempfile.TemporaryDirectory() as folder:
         measure(
@@ -179,4 +187,4 @@ def measure(prompts, judge, count, num_samples, gpus, which):
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

@@ -18,11 +18,12 @@ import subprocess
 import sys
 import time
 
-import fire
 from common import ROOT, record
 
+from utils import run
 
-def main(iterations=3, engine="local", name="benchmark-loop"):
+
+def main(iterations: int = 3, engine: str = "local", name: str = "benchmark-loop"):
     """Measure and append to RESULTS.md. exps/demo-models is made first where it is missing."""
     exp, settings = (
         ROOT / "exps" / name,
@@ -88,4 +89,4 @@ def main(iterations=3, engine="local", name="benchmark-loop"):
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

@@ -20,13 +20,13 @@ import contextlib
 import math
 import statistics
 
-import fire
 import torch
 from common import PeakMemory, forward_flops, make_model, make_pairs, matrix_rate, record, seconds
 
 from training import logps
 from training.logps import install_head, response_logps
 from training.models import micro_batches
+from utils import run
 
 
 def plain_logps(model, pairs, device):
@@ -144,18 +144,18 @@ def measure(ways, device, repeats):
 
 
 def main(
-    prompts,
-    shape="44M",
-    precision="bf16",
-    count=24,
-    repeats=3,
-    seed=0,
-    longest=1024,
-    sequence=0,
-    gradient_checkpointing=False,
-    micro_batch_tokens=0,
-    rows=512,
-    tile=4096,
+    prompts: str,
+    shape: str = "44M",
+    precision: str = "bf16",
+    count: int = 24,
+    repeats: int = 3,
+    seed: int = 0,
+    longest: int = 1024,
+    sequence: int = 0,
+    gradient_checkpointing: bool = False,
+    micro_batch_tokens: int = 0,
+    rows: int = 512,
+    tile: int = 4096,
 ):
     """Measure and append to RESULTS.md.
 
@@ -201,4 +201,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

@@ -11,11 +11,11 @@ import os
 import tempfile
 import time
 
-import fire
 from common import in_its_own_process, random_model, read_prompt_texts, record
 
 from judges.base import JudgeConfig
 from judges.reward import RewardJudge
+from utils import run
 from workers.worker import run_here
 
 
@@ -83,7 +83,14 @@ def with_transformers(queue, config, records, batch=8):
 
 
 def main(
-    prompts, source="exps/demo-models/judge", hidden=512, layers=8, count=32, num_samples=5, longest=600, gpus="auto"
+    prompts: str,
+    source: str = "exps/demo-models/judge",
+    hidden: int = 512,
+    layers: int = 8,
+    count: int = 32,
+    num_samples: int = 5,
+    longest: int = 600,
+    gpus: str = "auto",
 ):
     """Measure and append to RESULTS.md."""
     texts = [text[:longest] for text in read_prompt_texts(prompts)]
@@ -119,4 +126,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data_utils import encode_chat, encode_text, end_token_id
-from records import Chat, Data, Pair, decode, scan
+from records import Chat, Data, Pair, read_at, scan
 from utils import StageError
 
 TEXT_CHECKS = 100  # records of a file whose token ids are compared with their text
@@ -50,9 +50,7 @@ class JsonlDataset(Dataset):
         return len(self.offsets)
 
     def __getitem__(self, index: int) -> dict:
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
-            return self.complete(decode(file.readline(), self.schema))
+        return self.complete(read_at(self.path, self.offsets[index], self.schema))
 
     def complete(self, record: dict) -> dict:
         """The record with the fields that may be absent."""
