@@ -24,7 +24,7 @@ from workers.scheduler import IN_FLIGHT
 from workers.worker import Worker, run_here
 
 
-def run(queue, way, config, records, num_samples, batch):
+def one_way(queue, way, config, records, num_samples, batch):
     """(seconds, {(prompt_id, k): token ids}, engine steps)."""
     sampler = Sampler(config, [num_samples], [1.0])
     engine, steps = sampler.engine.llm.llm_engine, [0]
@@ -92,7 +92,9 @@ def main(
             max_new_tokens=max_new_tokens,
         )
         os.environ.update(config.environments()[0])
-        found = {way: in_its_own_process(run, way, config, records, num_samples, batch) for way in ("plain", "ours")}
+        found = {
+            way: in_its_own_process(one_way, way, config, records, num_samples, batch) for way in ("plain", "ours")
+        }
         floor = floor_seconds(folder, records, found["ours"][1])
     tokens = {way: sum(map(len, samples.values())) for way, (_, samples, _) in found.items()}
     same = sum(found["plain"][1][key] == ids for key, ids in found["ours"][1].items())

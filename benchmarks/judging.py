@@ -41,7 +41,7 @@ def make_records(prompts, count, num_samples, longest=600):
     ]
 
 
-def run(queue, way, config, records):
+def one_way(queue, way, config, records):
     """In a process of its own: (seconds, {(prompt, first, second): P(first)}, prompt tokens, uncached ones, decoded
     ones)."""
     from vllm import SamplingParams
@@ -164,7 +164,7 @@ def measure(prompts, judge, count, num_samples, gpus, which):
     config = JudgeConfig(judge=judge, gpus=gpus)
     os.environ.update(config.environments()[0])
     records = make_records(prompts, count + 1, num_samples)
-    found = {way: in_its_own_process(run, way, config, records) for way in ("plain", "ours")}
+    found = {way: in_its_own_process(one_way, way, config, records) for way in ("plain", "ours")}
     judgements = count * num_samples * (num_samples - 1)
     (plain, asked, *_), (ours, read, _, uncached, _, floor) = found["plain"], found["ours"]
     difference = max((abs(asked[key] - read[key]) for key in asked), default=math.nan)
