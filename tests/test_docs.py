@@ -5,6 +5,7 @@ python -m pytest tests/test_docs.py
 
 import inspect
 import json
+import math
 import os
 import re
 import runpy
@@ -22,8 +23,10 @@ import torch
 from helpers.training import LOGP_FIELDS, column, read, write
 
 import data_processing
+import judges.base
 import losses
 import records
+import scoring
 import utils
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -347,3 +350,17 @@ def test_example_pair_rule_makes_pairs(most_certain, tmp_path):
     (pair,) = read(tmp_path / "pairs.jsonl")
     assert (pair["prompt_id"], pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("p", "b", "c")
     assert pair["win_prob"] == 0.9
+
+
+def test_example_judge_scores_files(monkeypatch, tmp_path):
+    (tmp_path / "shorter.py").write_text(example("judges/shorter.py"), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(judges.base.JUDGE_TYPES, "shorter", "shorter:ShorterJudge")
+    samples = [{"text": text, "token_ids": [1]} for text in ("long", "s", "s")]
+    record = {"prompt_id": "p", "prompt": "?", "prompt_token_ids": [7], "samples": samples}
+    source, target = write(tmp_path / "samples.jsonl", [record]), tmp_path / "scores.jsonl"
+    scoring.main(str(source), str(target), judge="none", judge_type="shorter", reward_temperature="3", gpus="none")
+    (scored,) = read(target)
+    p = 1 / (1 + math.exp(-1))  # one character is three less than four, and T is 3
+    rows = [[None, 1 - p, 1 - p], [p, None, 0.5], [p, 0.5, None]]
+    assert scored["win_probs"] == [[value and pytest.approx(value) for value in row] for row in rows]
