@@ -5,18 +5,17 @@
     python data_processing.py make_sft --output data/sft.jsonl --validation_output data/sft_test.jsonl
     python data_processing.py import_pairs --output pairs.jsonl --dataset trl-lib/ultrafeedback_binarized
 
-`make_pairs` writes one pair a prompt, in TRL's conversational preference format with what training needs beside it;
-`make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl`; `make_sft`
+`make_pairs` writes at most one pair a prompt, in TRL's conversational preference format with what training needs beside
+it; `make_prompts` writes `train_0.jsonl` ... `train_5.jsonl`, `train.jsonl` (all of them) and `test.jsonl`; `make_sft`
 writes chats for mle.py; `import_pairs` writes pairs of text alone, for get_logprobs.py. records.py has all fields.
 """
 
 import hashlib
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 from tqdm import tqdm
@@ -44,62 +43,58 @@ def mean_win_probs(win_probs):
     return [sum(p for j, p in enumerate(row) if j != i) / (len(row) - 1) for i, row in enumerate(win_probs)]
 
 
-class Choice(NamedTuple):
-    """What a pair rule takes from K samples: the indices of a pair, and whether it cannot tell which one is better."""
-
-    chosen: int
-    rejected: int
-    tie: bool
-
-
-def top_two(win_probs, rng):
-    """The released recipe: the best sample against the second best."""
-    return _by_score(win_probs, second=1)
+def by_score(record, usable):
+    """The samples that a ranking rule may take, best first: of each different text the first one, with the mean of all
+    verdicts on that text, where it is usable. Texts that are not usable count in the scores of the others."""
+    texts = [sample["text"] for sample in record["samples"]]
+    verdicts = defaultdict(list)
+    for text, score in zip(texts, mean_win_probs(record["win_probs"])):
+        verdicts[text].append(score)
+    candidates = [i for i in map(texts.index, verdicts) if usable[i]]
+    return sorted(candidates, key=lambda i: -sum(verdicts[texts[i]]) / len(verdicts[texts[i]]))  # ties: as sampled
 
 
-def best_worst(win_probs, rng):
-    """INPO's paper: the best sample against the worst."""
-    return _by_score(win_probs, second=-1)
+def top_two(record, usable, rng):
+    """The released recipe: the best text against the second best."""
+    order = by_score(record, usable)
+    return (order[0], order[1]) if len(order) > 1 else None
 
 
-def _by_score(win_probs, second):
-    scores = mean_win_probs(win_probs)
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])  # ties keep the sampling order
-    return Choice(order[0], order[second], scores[order[0]] == scores[order[second]])
+def best_worst(record, usable, rng):
+    """INPO's paper: the best text against the worst."""
+    order = by_score(record, usable)
+    return (order[0], order[-1]) if len(order) > 1 else None
 
 
-def random_pair(win_probs, rng):
-    """The theory's rule: two samples drawn without looking at the scores; the judge says which one is chosen.
+def random_pair(record, usable, rng):
+    """The theory's rule: two samples drawn without looking at texts or scores; the judge says which one is chosen.
 
-    With soft labels (or a label drawn with the win probability) this is the only unbiased rule of the three.
+    With soft labels (or a label drawn with the win probability) this is the only unbiased rule of the three. To leave
+    out a pair of equal texts is harmless, but no pair may be drawn instead of it. A tie is kept: to leave it out would
+    change the weight of the regularisation.
     """
-    first, second = rng.sample(range(len(win_probs)), 2)
-    if win_probs[first][second] < win_probs[second][first]:
-        first, second = second, first
-    return Choice(first, second, win_probs[first][second] == 0.5)
+    first, second = rng.sample(range(len(usable)), 2)
+    if record["samples"][first]["text"] == record["samples"][second]["text"] or not usable[first] or not usable[second]:
+        return None
+    win_probs = record["win_probs"]
+    return (first, second) if win_probs[first][second] >= win_probs[second][first] else (second, first)
 
 
-PAIR_RULES: dict[str, Callable[[list, random.Random], Choice]] = {
-    "top_two": top_two,
-    "best_worst": best_worst,
-    "random": random_pair,
-}
+# A rule takes a scores record, for each sample whether training can take it (it has tokens and fits --max_length), and
+# a generator of random numbers of this prompt. It returns the indices (chosen, rejected), or None.
+PairRule = Callable[[dict, list[bool], random.Random], tuple[int, int] | None]
+PAIR_RULES: dict[str, PairRule] = {"top_two": top_two, "best_worst": best_worst, "random": random_pair}
 
 
-def make_pair(record: dict, rule: str, max_length: int, seed: int) -> tuple[dict | None, str | None]:
-    """(pair, None) of a scores record, or (None, why there is none)."""
-    samples, win_probs = record["samples"], record["win_probs"]
-    chosen, rejected, tie = PAIR_RULES[rule](win_probs, random.Random(derive_seed(seed, record["prompt_id"], rule)))
-    if samples[chosen]["text"] == samples[rejected]["text"]:
-        return None, "identical responses"
-    if tie:
-        return None, "ties"
-    scores = mean_win_probs(win_probs)
-    lengths = [len(samples[i]["token_ids"]) for i in (chosen, rejected)]
-    if not min(lengths):
-        return None, "empty responses"
-    if len(record["prompt_token_ids"]) + max(lengths) > max_length:
-        return None, f"longer than {max_length} tokens"
+def make_pair(record: dict, rule: str, max_length: int, seed: int) -> dict | None:
+    """The pair that a rule takes from a scores record, or None."""
+    samples, room = record["samples"], max_length - len(record["prompt_token_ids"])
+    usable = [0 < len(sample["token_ids"]) <= room for sample in samples]
+    found = PAIR_RULES[rule](record, usable, random.Random(derive_seed(seed, record["prompt_id"], rule)))
+    if found is None:
+        return None
+    chosen, rejected = found
+    scores = mean_win_probs(record["win_probs"])
     return {
         "prompt_id": record["prompt_id"],
         "prompt": [{"role": "user", "content": record["prompt"]}],
@@ -108,16 +103,17 @@ def make_pair(record: dict, rule: str, max_length: int, seed: int) -> tuple[dict
         "prompt_token_ids": record["prompt_token_ids"],
         "chosen_token_ids": samples[chosen]["token_ids"],
         "rejected_token_ids": samples[rejected]["token_ids"],
-        "win_prob": win_probs[chosen][rejected],
+        "win_prob": record["win_probs"][chosen][rejected],
         "score_chosen": scores[chosen],
         "score_rejected": scores[rejected],
-    }, None
+    }
 
 
 def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: int = 2048, seed: int = 0):
-    """Turn scores into preference pairs, one a prompt.
+    """Turn scores into preference pairs, at most one a prompt.
 
-    Pairs of identical responses, ties, and pairs longer than --max_length are dropped and counted.
+    Prompts without two different responses that training can take (under `random`: where the two that were drawn are
+    not such) give no pair, and are counted.
 
     Args:
         input: scores file(s), comma-separated
@@ -134,9 +130,9 @@ def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: 
         counts: Counter[str] = Counter()
         with writer(target, Pair) as write:
             for record in tqdm(read(path, Scores), desc="pairs", unit="record"):
-                pair, dropped = make_pair(record, pair_rule, max_length, seed)
+                pair = make_pair(record, pair_rule, max_length, seed)
                 counts["records"] += 1
-                counts[dropped or "pairs"] += 1
+                counts["pairs" if pair else "without a pair"] += 1
                 if pair:
                     write(pair)
             if not counts["pairs"]:

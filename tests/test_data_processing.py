@@ -77,15 +77,14 @@ def indices(pair):
 )
 def test_make_pair_by_rank(win_probs, rule, expected, win_prob, scores):
     assert mean_win_probs(win_probs)[expected[0]] == pytest.approx(scores[0])
-    pair, dropped = make_pair(scored(win_probs), rule, 2048, 0)
-    assert dropped is None
+    pair = make_pair(scored(win_probs), rule, 2048, 0)
     assert indices(pair) == expected
     assert pair["win_prob"] == win_prob
     assert (pair["score_chosen"], pair["score_rejected"]) == pytest.approx(scores)
 
 
 def test_make_pair_has_every_field():
-    pair, _ = make_pair(scored(THREE), "top_two", 2048, 0)
+    pair = make_pair(scored(THREE), "top_two", 2048, 0)
     assert pair == {
         "prompt_id": "a",
         "prompt": [{"role": "user", "content": "Where?\u2028"}],
@@ -102,7 +101,7 @@ def test_make_pair_has_every_field():
 
 @pytest.mark.parametrize("win_probs", [THREE, UPSET])
 def test_make_pair_random_draws_every_pair_alike_and_labels_by_the_judge(win_probs):
-    pairs = [make_pair(scored(win_probs, f"p{i}"), "random", 2048, 0)[0] for i in range(600)]
+    pairs = [make_pair(scored(win_probs, f"p{i}"), "random", 2048, 0) for i in range(600)]
     assert all(pair["win_prob"] > 0.5 for pair in pairs)
     assert all(pair["win_prob"] == win_probs[indices(pair)[0]][indices(pair)[1]] for pair in pairs)
     # 600 draws of one of three pairs: 200 each, standard deviation sqrt(600 * 1/3 * 2/3) = 11.5.
@@ -112,7 +111,7 @@ def test_make_pair_random_draws_every_pair_alike_and_labels_by_the_judge(win_pro
 
 def test_make_pair_random_depends_on_seed_and_prompt_alone():
     def drawn(seed):
-        return [indices(make_pair(scored(THREE, f"p{i}"), "random", 2048, seed)[0]) for i in range(40)]
+        return [indices(make_pair(scored(THREE, f"p{i}"), "random", 2048, seed)) for i in range(40)]
 
     first = drawn(1)
     random.seed(5)
@@ -120,34 +119,113 @@ def test_make_pair_random_depends_on_seed_and_prompt_alone():
 
 
 @pytest.mark.parametrize("rule", PAIR_RULES)
-def test_make_pair_drops_ties(rule):
-    assert make_pair(scored(EVEN), rule, 2048, 0) == (None, "ties")
+def test_make_pair_keeps_ties(rule):
+    pair = make_pair(scored(EVEN), rule, 2048, 0)
+    assert pair["win_prob"] == 0.5 and pair["score_chosen"] == pair["score_rejected"]
 
 
-def test_make_pair_drops_a_tie_at_the_top_only_where_it_matters():
+@pytest.mark.parametrize("rule, expected", [("top_two", (0, 1)), ("best_worst", (0, 2))])
+def test_make_pair_takes_the_samples_of_a_tie_in_their_order(rule, expected):
     # Samples 0 and 1 both score (0.5 + 0.75)/2 = 0.625, sample 2 scores 0.25.
     tie = [[None, 0.5, 0.75], [0.5, None, 0.75], [0.25, 0.25, None]]
-    assert make_pair(scored(tie), "top_two", 2048, 0) == (None, "ties")
-    assert indices(make_pair(scored(tie), "best_worst", 2048, 0)[0]) == (0, 2)
+    assert indices(make_pair(scored(tie), rule, 2048, 0)) == expected
 
 
-@pytest.mark.parametrize(
-    "rule, texts",
-    [("top_two", ["same", "same", "s2"]), ("best_worst", ["same", "s1", "same"]), ("random", ["same"] * 3)],
-)
-def test_make_pair_drops_identical_responses(rule, texts):
-    assert make_pair(scored(THREE, texts=texts), rule, 2048, 0) == (None, "identical responses")
+@pytest.mark.parametrize("rule", PAIR_RULES)
+def test_make_pair_finds_none_among_identical_responses(rule):
+    assert make_pair(scored(THREE, texts=["same"] * 3), rule, 2048, 0) is None
 
 
-def test_make_pair_drops_an_empty_response():
-    assert make_pair(scored(THREE, lengths=(1, 0, 1)), "top_two", 2048, 0) == (None, "empty responses")
+def test_make_pair_random_leaves_out_a_pair_that_training_cannot_take():
+    record = scored(THREE, texts=["s0", "s0", "s2"])
+    pairs = [make_pair(record | {"prompt_id": str(i)}, "random", 2048, 0) for i in range(60)]
+    # Of the three pairs one is of the same text; it is left out and no other is drawn instead.
+    assert 8 < pairs.count(None) < 32
+    assert make_pair(scored(THREE, lengths=(2, 0, 0)), "random", 2048, 0) is None
 
 
 def test_make_pair_takes_exactly_max_length():
-    # Three prompt tokens and a longest response of four.
+    # Three prompt tokens, responses of two, four and nine; sample 0 is the best, sample 1 the second best.
     record = scored(THREE, lengths=(2, 4, 9))
-    assert make_pair(record, "top_two", 7, 0)[1] is None
-    assert make_pair(record, "top_two", 6, 0) == (None, "longer than 6 tokens")
+    assert indices(make_pair(record, "top_two", 7, 0)) == (0, 1)
+    assert make_pair(record, "top_two", 6, 0) is None
+
+
+# The released selection, derived by hand: distinct texts, those that fit, best two by the mean of all their verdicts.
+# BEST beats everything with 0.9, GOOD the two others with 0.7, FAIR beats POOR with 0.6; equal texts have 0.5.
+STRENGTH = {"best": {"good": 0.9, "fair": 0.9, "poor": 0.9}, "good": {"fair": 0.7, "poor": 0.7}, "fair": {"poor": 0.6}}
+
+
+def five(*words, long=()):
+    """A scores record of samples with these texts; those in `long` do not fit a limit of 20 tokens."""
+
+    def win(a, b):
+        return 0.5 if a == b else STRENGTH[a][b] if b in STRENGTH.get(a, {}) else 1 - STRENGTH[b][a]
+
+    win_probs = [[None if i == j else win(a, b) for j, b in enumerate(words)] for i, a in enumerate(words)]
+    return scored(win_probs, texts=list(words), lengths=[40 if word in long else 5 for word in words])
+
+
+@pytest.mark.parametrize(
+    "record, top_two, best_worst",
+    [
+        # 1. All different: by strength.
+        (five("poor", "fair", "good", "best"), ("best", "good"), ("best", "poor")),
+        # 2. The best was sampled twice: the prompt is not lost.
+        (five("best", "best", "poor", "good"), ("best", "good"), ("best", "poor")),
+        # 3. The best is too long: the best two of what remains.
+        (five("best", "good", "fair", "poor", long=["best"]), ("good", "fair"), ("good", "poor")),
+        # 4. The second best is too long.
+        (five("best", "good", "fair", "poor", long=["good"]), ("best", "fair"), ("best", "poor")),
+        # 5. Two of three texts are too long: one remains, the prompt is dropped.
+        (five("best", "good", "fair", long=["best", "good"]), None, None),
+        # 6. One text alone.
+        (five("good", "good", "good"), None, None),
+        # 7. Two texts, each twice: their order by mean verdict.
+        (five("poor", "fair", "poor", "fair"), ("fair", "poor"), ("fair", "poor")),
+        # 8. Verdicts against a text that is too long count: "good" has (0.1 + 0.1 + 0.7)/3 = 0.3 over its verdicts
+        # against two "best" and one "fair", "fair" has (0.1 + 0.1 + 0.3)/3; the pair is these two.
+        (five("best", "best", "good", "fair", long=["best"]), ("good", "fair"), ("good", "fair")),
+        # 9. The worst is too long: best_worst takes the worst that fits.
+        (five("best", "poor", "fair", "good", long=["poor"]), ("best", "good"), ("best", "fair")),
+        # 10. Everything is too long.
+        (five("best", "good", long=["best", "good"]), None, None),
+    ],
+)
+def test_make_pair_selects_as_the_released_code(record, top_two, best_worst):
+    for rule, expected in (("top_two", top_two), ("best_worst", best_worst)):
+        pair = make_pair(record, rule, 20, 0)
+        found = pair and tuple(pair[side][0]["content"] for side in ("chosen", "rejected"))
+        assert found == expected
+
+
+def released_selection(record, max_length):
+    """The released recipe once more, written down as plainly as possible: (chosen text, rejected text) or None."""
+    texts = [sample["text"] for sample in record["samples"]]
+    verdicts = {text: [] for text in texts}
+    for i, row in enumerate(record["win_probs"]):
+        verdicts[texts[i]] += [p for j, p in enumerate(row) if j != i]
+    lengths = {
+        text: len(record["prompt_token_ids"]) + len(record["samples"][texts.index(text)]["token_ids"]) for text in texts
+    }
+    ranking = [(sum(found) / len(found), text) for text, found in verdicts.items() if lengths[text] <= max_length]
+    ranking.sort(key=lambda entry: -entry[0])
+    return (ranking[0][1], ranking[1][1]) if len(ranking) > 1 else None
+
+
+def test_make_pair_selects_as_the_released_code_on_200_records():
+    """Records of five samples with duplicates, ties and over-long responses."""
+    rng, counts = random.Random(0), Counter()
+    for n in range(200):
+        words = [rng.choice(["best", "good", "fair", "poor"]) for _ in range(5)]
+        record = five(*words, long=rng.sample(["best", "good", "fair", "poor"], rng.choice([0, 1, 1, 2])))
+        if n % 4 == 0:  # ties: every verdict is one half
+            record["win_probs"] = [[None if i == j else 0.5 for j in range(5)] for i in range(5)]
+        pair, expected = make_pair(record, "top_two", 20, 0), released_selection(record, 20)
+        assert (pair and tuple(pair[side][0]["content"] for side in ("chosen", "rejected"))) == expected
+        counts["pair" if pair else "none"] += 1
+        counts["duplicates"] += len(set(words)) < 5
+    assert counts["pair"] > 100 and counts["none"] > 10 and counts["duplicates"] > 100
 
 
 # ---- make_pairs ----
@@ -159,9 +237,9 @@ def test_make_pairs_writes_one_pair_a_prompt_and_counts_the_rest(jsonl, tmp_path
     scores = jsonl("scores", scored(THREE, "a"), scored(EVEN, "b"), scored(THREE, "c"), same)
     make_pairs(str(scores), str(tmp_path / "pairs"), pair_rule="best_worst")
     pairs = list(read(tmp_path / "pairs", Record))
-    assert [(pair["prompt_id"], indices(pair)) for pair in pairs] == [("a", (0, 2)), ("c", (0, 2))]
+    assert [(pair["prompt_id"], indices(pair)) for pair in pairs] == [("a", (0, 2)), ("b", (0, 2)), ("c", (0, 2))]
     (message,) = caplog.messages
-    for words in ("4 records", "2 pairs", "1 ties", "1 identical responses"):
+    for words in ("4 records", "3 pairs", "1 without a pair"):
         assert words in message
 
 

@@ -337,15 +337,16 @@ def most_certain(monkeypatch):
 
 
 def test_example_pair_rule_by_hand(most_certain):
-    assert most_certain(CLEAR, None) == data_processing.Choice(1, 2, False)
-    assert most_certain([[None, 0.5], [0.5, None]], None) == data_processing.Choice(0, 1, True)
+    assert most_certain({"win_probs": CLEAR}, [True] * 3, None) == (1, 2)
+    assert most_certain({"win_probs": CLEAR}, [True, True, False], None) == (0, 1)
+    assert most_certain({"win_probs": CLEAR}, [True, False, False], None) is None
 
 
 def test_example_pair_rule_makes_pairs(most_certain, tmp_path):
     samples = [{"text": letter, "token_ids": [number]} for number, letter in enumerate("abc")]
     record = {"prompt_id": "p", "prompt": "?", "prompt_token_ids": [7], "samples": samples, "win_probs": CLEAR}
-    even = [[None if i == j else 0.5 for j in range(3)] for i in range(3)]
-    source = write(tmp_path / "scores.jsonl", [record, record | {"prompt_id": "tie", "win_probs": even}])
+    empty = [sample | {"token_ids": []} for sample in samples]
+    source = write(tmp_path / "scores.jsonl", [record, record | {"prompt_id": "none", "samples": empty}])
     data_processing.make_pairs(source, str(tmp_path / "pairs.jsonl"), pair_rule="most_certain")
     (pair,) = read(tmp_path / "pairs.jsonl")
     assert (pair["prompt_id"], pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("p", "b", "c")

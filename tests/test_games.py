@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import root
 
 from analysis.nash import duality_gap, nash_mixture
-from data_processing import PAIR_RULES, mean_win_probs
+from data_processing import PAIR_RULES
 from losses import dpo_loss, inpo_loss, ipo_loss
 
 ETA, R, MOVES = 1 / 3, 1 / 3, 6  # the reference moves every 6 inner iterations
@@ -186,19 +186,23 @@ K = 5
 
 def rule_pairs(rule, game):
     """(responses of K samples (S, K), chosen (S,), rejected (S,), share (S,)) for all sequences of K samples and what
-    the rule of data_processing.py makes of each; pairs of the same response and ties are dropped, as make_pairs
-    does."""
+    the rule of data_processing.py makes of each; of `random` every pair that it may draw, ties included."""
     rows = []
     for sequence in itertools.product(range(len(game)), repeat=K):
-        win_probs = [[None if i == j else game[a][b] for j, b in enumerate(sequence)] for i, a in enumerate(sequence)]
-        scores = mean_win_probs(win_probs)
-        pairs = list(itertools.combinations(range(K), 2)) if rule == "random" else [PAIR_RULES[rule](win_probs, None)]
-        for chosen, rejected in pairs:
-            if rule == "random" and game[sequence[chosen]][sequence[rejected]] < 0.5:
-                chosen, rejected = rejected, chosen
-            tie = rule != "random" and scores[chosen] == scores[rejected]
-            if sequence[chosen] != sequence[rejected] and not tie:
-                rows.append((sequence, sequence[chosen], sequence[rejected], 1 / len(pairs)))
+        record = {
+            "samples": [{"text": str(answer)} for answer in sequence],
+            "win_probs": [
+                [None if i == j else game[a][b] for j, b in enumerate(sequence)] for i, a in enumerate(sequence)
+            ],
+        }
+        if rule == "random":
+            pairs = [
+                (i, j) if game[sequence[i]][sequence[j]] >= 0.5 else (j, i)
+                for i, j in itertools.combinations(range(K), 2)
+            ]
+        else:
+            pairs = [PAIR_RULES[rule](record, [True] * K, None) or (0, 0)]
+        rows += [(sequence, sequence[i], sequence[j], 1 / len(pairs)) for i, j in pairs if sequence[i] != sequence[j]]
     return [torch.tensor(column) for column in zip(*rows)]
 
 
@@ -239,8 +243,8 @@ def rule_limit(rule, soft, game, rounds=150):
         ("random", True, 0, 0),
         ("random", False, 0.067, 0.234),
         ("best_worst", False, 0.067, 0.052),
-        ("top_two", False, 0.067, 0.134),
-        ("top_two", True, 0.062, 0.540),
+        ("top_two", False, 0.067, 0.223),
+        ("top_two", True, 0.039, 0.573),
         ("best_worst", True, 0.006, 0.056),
     ],
 )
