@@ -154,7 +154,7 @@ class SkippedPrompt(TypedDict):
 # ---------------------------------------------------------------------------------------------- what types cannot say
 
 
-def _check_win_probs(record):
+def _check_win_probs(record, first):
     rows, count = record["win_probs"], len(record["samples"])
     if [len(row) for row in rows] != [count] * count:
         raise ValueError(f"win_probs should be {count} x {count} numbers for {count} samples, it has another shape")
@@ -180,11 +180,7 @@ def _check_samples(record, first):
 
 def _check_scores(record, first):
     _check_samples(record, first)
-    _check_win_probs(record)
-
-
-def _check_comparison(record, first):
-    _check_win_probs(record)
+    _check_win_probs(record, first)
 
 
 PAIR_KEYS = ("prompt_id", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
@@ -201,10 +197,6 @@ def _check_pair(record, first):
         _check_last_message(record, name, role, may_be_empty=complete)  # an empty response may be the end token alone
 
 
-def _check_chat(record, first):
-    _check_last_message(record, "messages", "assistant", may_be_empty=True)
-
-
 def _check_last_message(record, name, role, may_be_empty):
     last = record[name][-1]
     if last["role"] != role or not (last["content"] or may_be_empty):
@@ -214,9 +206,9 @@ def _check_last_message(record, name, role, may_be_empty):
 CHECKS: dict[type, Callable[[dict, dict], None]] = {
     Samples: _check_samples,
     Scores: _check_scores,
-    Comparison: _check_comparison,
+    Comparison: _check_win_probs,
     Pair: _check_pair,
-    Chat: _check_chat,
+    Chat: lambda record, first: _check_last_message(record, "messages", "assistant", may_be_empty=True),
 }
 
 # What the key of a record that has none is made from.
@@ -234,21 +226,25 @@ WRITERS = {
     "get_logprobs.py": ["last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp"],
 }
 
+# What a value should be, in msgspec's words and in a user's.
+WORDS = {
+    r"str matching regex.*": "text that is not blank",
+    r"float (<= 0.001|> -1e.?30)": "a log-probability, 0 or less",
+    r"int \| str( \| null)?": "text or a number",
+    "^array": "a list",
+    "^object": "an object",
+}
+
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
 def read(path: str | Path, schema: type) -> Iterator[dict]:
-    """Yield the records of a file, checked, in one pass that holds one record (and all keys) in memory.
+    """Yield the records of a file, checked, in one pass that holds one record (and all keys) in memory. Blank lines,
+    "\\r" at the end of a line and a byte order mark mean nothing.
 
-    Blank lines, "\\r" at the end of a line and a byte order mark mean nothing.
-
-    Args:
-        path: the file
-        schema: a schema of this module
-
-    Raises StageError with file, line, `prompt_id`, field and what was found for a record that is not what the schema
-    says, for a key that occurs twice, and for a file without records.
+    Raises StageError with file, line, `prompt_id`, field and what was found for a record that its schema does not
+    allow, for a key that occurs twice, and for a file without records.
     """
     return (record for _, record in scan(path, schema))
 
@@ -296,13 +292,10 @@ def check(record, schema, first, seen):
         seen.add(key)
 
 
-_decoder = msgspec.json.Decoder()
-
-
 def decode(line: bytes, schema: type) -> dict:
     """The record of one line, with its key as text. Raises ValueError, with the `prompt_id` where there is one."""
     try:
-        record = _decoder.decode(line)
+        record = msgspec.json.decode(line)
     except (ValueError, RecursionError):
         cut = "" if line.endswith(b"\n") else "; the file may have been cut off here"
         raise ValueError(f"not valid JSON in UTF-8: {_why_not_json(line)}{cut}") from None
@@ -340,19 +333,9 @@ def _explain(error, record):
         where += f"{place}: " if place else ""
         return f"{where}field {name} is missing{writer}; found {', '.join(found) or 'no field'}"
     expected = message.partition(", got ")[0].removeprefix("Expected ").replace("`", "")
-    for pattern, words in _WORDS.items():
+    for pattern, words in WORDS.items():
         expected = re.sub(pattern, words, expected)
     return f"{where}{place} should be {expected}, got {repr(_at(record, place))[:100]}"
-
-
-# msgspec's words for what a value should be, and a user's.
-_WORDS = {
-    r"str matching regex.*": "text that is not blank",
-    r"float (<= 0.001|> -1e.?30)": "a log-probability, 0 or less",
-    r"int \| str( \| null)?": "text or a number",
-    r"^array": "a list",
-    r"^object": "an object",
-}
 
 
 def _at(value, place):
@@ -369,13 +352,12 @@ def _at(value, place):
 def writer(path: str | Path, schema: type):
     """A function that appends one record to a file, which takes its name only when the block ends without an error.
 
-    Raises ValueError for a record that its schema does not allow: no stage writes what the next one refuses.
+    Raises ValueError for a record that its schema does not allow, and for NaN and infinity, which JSON has not.
     """
     with atomic_file(path) as file:
-        yield lambda record: file.write(encode(record, schema))
 
+        def write(record: dict) -> None:
+            msgspec.convert(record, schema)
+            file.write(dump_json(record).encode() + b"\n")
 
-def encode(record: dict, schema: type) -> bytes:
-    """A record as a line. Raises ValueError for one that its schema does not allow, for NaN and for infinity."""
-    msgspec.convert(record, schema)
-    return dump_json(record).encode() + b"\n"
+        yield write
