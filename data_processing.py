@@ -263,7 +263,7 @@ def make_sft(
         if messages:
             what = "examples" if fits(messages) else f"longer than {max_length} tokens"
         counts[what] += 1
-        if what == "examples":
+        if messages and what == "examples":
             order.append((shuffle_key(seed, f"{messages[-2]['content']}\0{number}"), number))
     kept = [number for _, number in sorted(order)][: limit or None]
     if len(kept) <= num_validation:

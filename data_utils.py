@@ -114,7 +114,7 @@ def check_architecture(directory: str | Path) -> None:
     if not isinstance(kind, str) or not kind:
         raise StageError(f"{path} has no model_type, so nothing can tell how to load it; copy or download it again")
     # The table of names imports nothing, so that reading it takes milliseconds; importing transformers takes seconds.
-    table = Path(find_spec("transformers").origin).parent / "models/auto/auto_mappings.py"
+    table = Path(getattr(find_spec("transformers"), "origin", "")).parent / "models/auto/auto_mappings.py"
     if table.is_file() and kind in runpy.run_path(str(table))["CONFIG_MAPPING_NAMES"]:
         return
     from transformers import CONFIG_MAPPING, __version__

@@ -44,9 +44,13 @@ def run(*commands: Callable[..., None]) -> None:
     if len(commands) > 1:
         named = {function.__name__: function for function in commands}
         if not words or words[0] not in named:
-            print(f"usage: {program} COMMAND --flag value ...   (COMMAND --help for its flags)", file=sys.stderr)
-            for name, function in named.items():
-                print(f"  {name:14} {(inspect.getdoc(function) or '').partition(chr(10))[0]}", file=sys.stderr)
+            lines = [f"  {name:14} {(inspect.getdoc(it) or '').partition(chr(10))[0]}" for name, it in named.items()]
+            print(
+                f"usage: {program} COMMAND --flag value ...   (COMMAND --help for its flags)",
+                *lines,
+                sep="\n",
+                file=sys.stderr,
+            )
             sys.exit(0 if words[:1] in (["--help"], ["-h"]) else 2)
         command = named[words.pop(0)]
         program = f"{program} {command.__name__}"
@@ -84,17 +88,14 @@ def _read_flags(program, command, words):
     flags = {p.name: (str if p.annotation is p.empty else p.annotation, p.default) for p in own}
     for field in dataclasses.fields(config) if config else ():
         flags[field.name] = field.type, inspect._empty if field.default is dataclasses.MISSING else field.default
-    documented = [command, *(inspect.getmro(config)[:-1] if config else ())]
-    texts = [inspect.getdoc(one) or "" for one in documented]
+    texts = [inspect.getdoc(one) or "" for one in (command, *(inspect.getmro(config)[:-1] if config else ()))]
     explained = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", "\n".join(texts), re.MULTILINE))
     parser.description = texts[0].partition("Args:")[0].strip()
     required = [name for name, (_, default) in flags.items() if default is inspect._empty]
     for name, (kind, default) in flags.items():
         text = " ".join(explained.get(name, "").split()) + (f" (default: {default!r})", " (required)")[name in required]
-        options: dict[str, Any] = {
-            "help": text.replace("%", "%%"),
-            "default": argparse.SUPPRESS,
-        }  # the command has its own defaults
+        # The command has its own defaults.
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         if kind is list:
             parser.add_argument(name, nargs="*", **options)
         else:
@@ -102,8 +103,7 @@ def _read_flags(program, command, words):
             reader = {bool: _bool, float: _float}.get(kind, kind)
             parser.add_argument(f"--{name}", type=reader, metavar=kind.__name__, **options)
     words = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
-    has_list = any(kind is list for kind, _ in flags.values())
-    values, unknown = (parser.parse_known_intermixed_args if has_list else parser.parse_known_args)(words)
+    values, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         close = difflib.get_close_matches(unknown[0].partition("=")[0].removeprefix("--"), flags, n=1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean --{close[0]}?" if close else ""))
@@ -165,10 +165,8 @@ def check_output(name: str, path: str | Path) -> None:
 
 
 def file_lists(**flags: str) -> list[list[Path]]:
-    """Comma-separated path flags as equally long lists of paths; `output` and `compared` are outputs.
-
-    Raises StageError when the lists differ in length, for an input that is no file with something in it, and for an
-    output that is given twice, is also an input, or is not a file's name.
+    """Comma-separated path flags as equally long lists of paths; `output` and `compared` are outputs. Raises StageError
+    for other lengths, an input without anything in it, and an output that is given twice, an input, or no file.
     """
     lists = {name: [Path(part) for part in split_list(value)] for name, value in flags.items()}
     counts = {name: len(paths) for name, paths in lists.items()}

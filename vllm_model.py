@@ -223,6 +223,14 @@ class EngineWork:
         read(record, outputs)    its result, from vLLM's outputs of its requests, in their order
     """
 
+    engine: Engine
+
+    def requests(self, job: int, record: dict) -> list[tuple] | str:
+        raise NotImplementedError
+
+    def read(self, record: dict, outputs: list) -> dict:
+        raise NotImplementedError
+
     def __init__(self):
         self.begun = {}  # by key: (record, ids of its requests, {request id: output}), or a Skipped
         self.owners = {}  # by request id: key

@@ -19,7 +19,7 @@ from typing import Any
 
 from data_utils import model_fingerprint, resolve_tokenizer
 from utils import StageError, check_at_least, fingerprint, split_list
-from vllm_model import EngineConfig, EngineWork, usable_model
+from vllm_model import Engine, EngineConfig, EngineWork, usable_model
 from workers.worker import Work
 
 # Imported only when they are asked for.
@@ -51,6 +51,10 @@ class Judge:
     needs_engine = True
     has_labels = True
     settings: tuple[str, ...] = ()
+    engine: Engine
+
+    def __init__(self, config: "JudgeConfig"):
+        raise NotImplementedError
 
     @staticmethod
     def check(config: "JudgeConfig") -> None:

@@ -11,7 +11,7 @@ from workers.journal import Skipped, list_skipped, listing_of
 from workers.pool import map_files
 from workers.worker import Work
 
-Job = tuple[Callable[[], Iterator[dict]], str | Path]  # records with `prompt` and `samples`, output path
+Job = tuple[Callable[[], Iterator[dict]], Path]  # records with `prompt` and `samples`, output path
 
 
 def start_judge(kind: type[Judge], config: JudgeConfig) -> Work:
@@ -31,8 +31,8 @@ def judge_files(jobs: list[Job], config: JudgeConfig, description: str) -> None:
     """
     members = config.members()
     if len(members) == 1:
-        settings = config.fingerprint()
-        map_files([(*job, settings) for job in jobs], partial(start_judge, config.kind, config), config, description)
+        made_by = config.fingerprint()
+        map_files([(*job, made_by) for job in jobs], partial(start_judge, config.kind, config), config, description)
         config.kind.report([path for _, path in jobs])
         return
     digests = [fingerprint(records()) for records, _ in jobs]
@@ -67,13 +67,14 @@ def combine(
     skipped = []
     with writer(path, Record) as write:
         for record in records:
-            own = [head if head and head["prompt_id"] == record["prompt_id"] else None for head in heads]
-            heads = [next(part, None) if judged else head for part, head, judged in zip(found, heads, own)]
-            if all(own):
+            judged = [head is not None and head["prompt_id"] == record["prompt_id"] for head in heads]
+            own = [head for head, is_own in zip(heads, judged) if head and is_own]
+            heads = [next(part, None) if is_own else head for part, head, is_own in zip(found, heads, judged)]
+            if all(judged):
                 write(record | panel(record, own, members, weights))
                 count += 1
             else:
-                member = own.index(None)
+                member = judged.index(False)
                 reason = reasons[member].get(record["prompt_id"], "not judged")
                 skipped.append(Skipped(record["prompt_id"], f"{members[member].judge}: {reason}"))
     if not count:
@@ -100,6 +101,7 @@ def panel(record: dict, judged: list[dict], members: list[JudgeConfig], weights:
 
 def mean(values: list[float | None], weights: list[float], centre: float = 0.0) -> float | None:
     """The weighted mean of numbers from 0 to 1, None where one of them is. Exact where all of them are the `centre`."""
-    if None in values:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return None
-    return min(1.0, max(0.0, centre + sum(weight * (value - centre) for weight, value in zip(weights, values))))
+    return min(1.0, max(0.0, centre + sum(weight * (value - centre) for weight, value in zip(weights, known))))

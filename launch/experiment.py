@@ -28,7 +28,7 @@ from pathlib import Path
 
 from settings import FREE, RENAMED_VALUES, ROOT, SERVER, Refused, current, defaults, say, settings
 
-CODE = ("*.py", "comal.sh", "fsdp_config.yaml", "prompts/*", "data/demo/*")
+CODE: tuple[str, ...] = ("*.py", "comal.sh", "fsdp_config.yaml", "prompts/*", "data/demo/*")
 CODE += tuple(f"{folder}/**/*" for folder in ("training", "judges", "workers", "analysis", "launch"))
 PACKAGES = ("torch", "transformers", "vllm", "accelerate")
 HUB_ID = r"[^./][^/]*/[^/]+"

@@ -185,6 +185,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def best_weights(self) -> Path:
+        assert self.progress.best is not None
         return self.output / f"best-{self.progress.best['step']}"
 
     def tidy(self, step: int | None = None) -> None:

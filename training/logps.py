@@ -87,13 +87,11 @@ def lay_out(rows: Rows, device: torch.device | str = "cpu") -> dict[str, Tensor]
     batch = {"input_ids": tokens, "predictors": predictors, "labels": labels, "owner": owner}
     if max(len(responses) for _, responses in rows) == 1:
         return {name: torch.tensor(values, device=device) for name, values in batch.items()}
-    batch = {
-        name: torch.tensor(values, device=device)
-        for name, values in (batch | {"position_ids": positions, "segments": segments}).items()
-    }
-    query, key = batch["segments"][:, :, None], batch.pop("segments")[:, None, :]
+    batch |= {"position_ids": positions, "segments": segments}
+    tensors = {name: torch.tensor(values, device=device) for name, values in batch.items()}
+    query, key = tensors["segments"][:, :, None], tensors.pop("segments")[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return batch | {"attention_mask": (((key == 0) | (key == query)) & causal)[:, None]}
+    return tensors | {"attention_mask": (((key == 0) | (key == query)) & causal)[:, None]}
 
 
 def sum_by_owner(token_logps: Tensor, owner: Tensor, count: int) -> Tensor:
@@ -151,7 +149,7 @@ class ResponseHead(nn.Linear):
     of a place in the flattened batch and a token, two (N,) tensors. Then (B, T, H) hidden states give (1, N)
     float32."""
 
-    targets = None
+    targets: tuple[Tensor, Tensor] | None = None
 
     def forward(self, hidden):
         if self.targets is None:

@@ -26,8 +26,8 @@ def connect(gpus: str, tensor_parallel_size: int, cpu_workers: int) -> tuple[int
         raise StageError("--engine ray needs Ray: pip install ray (on every node)") from None
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        host, found, port = address.rpartition(":")
-        if found and "/" not in host:  # Ray itself would go on trying for minutes
+        host, colon, port = address.rpartition(":")
+        if colon and "/" not in host:  # Ray itself would go on trying for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
     except (OSError, ValueError, RuntimeError) as error:
