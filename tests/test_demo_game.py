@@ -86,9 +86,7 @@ def make_run(folder, method, seed, gaps, others=0.01, policy=(0.4, 0.3, 0.3), **
 
 
 def compare(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "data/demo/game.py", "compare", *arguments], capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, ROOT / "data/demo/compare.py", *arguments], capture_output=True, text=True)
 
 
 def test_comparison_averages_the_last_six_iterations(tmp_path):

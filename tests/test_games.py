@@ -249,7 +249,7 @@ def rule_limit(rule, soft, game, rounds=150):
     ],
 )
 def test_pair_rules_and_the_gap_that_they_end_at(rule, soft, paper_gap, sharp_gap, capsys):
-    """The table in the README: only random pairs with soft labels keep the Nash policy."""
+    """The table in docs/recipes.md: only random pairs with soft labels keep the Nash policy."""
     limits = [rule_limit(rule, soft, game) for game in (PAPER, SHARP)]
     gaps = [duality_gap(limit, game) for limit, game in zip(limits, (PAPER, SHARP))]
     with capsys.disabled():

@@ -6,7 +6,7 @@
 #   SEEDS="0 1" JOBS=4 bash data/demo/compare_methods.sh
 #
 # Each run is bash comal.sh METHOD=... SEED=...; it goes to exps/compare/METHOD-SEED, what it prints to METHOD-SEED.log.
-# The table and compare.svg show the duality gap by iteration: game.py compare.
+# The table and compare.svg show the duality gap by iteration: compare.py.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -44,5 +44,5 @@ done
 while [[ -n $(jobs -rp) ]]; do wait -n || failed=yes; done
 [[ -z $failed ]] || die "a run failed; see the end of $(cd "$folder" && grep -L "^done after" -- *.log | paste -sd' ') in $folder.
 Once the cause is mended, the same command goes on here."
-"$PYTHON" data/demo/game.py compare "${runs[@]/#/$folder/}" --output "$folder/compare.svg"
+"$PYTHON" data/demo/compare.py "${runs[@]/#/$folder/}" --output "$folder/compare.svg"
 echo "$folder/compare.svg, and the figures in compare.json, after $((SECONDS / 60)) min"

@@ -1,5 +1,5 @@
 # What the demo sets differently; comal.sh reads it where no GPU is found, or with RECIPE=demo. Arguments and the
-# environment come first. The models are made by build.sh; the game, and why these numbers: game.py and the README.
+# environment come first. The models are made by build.sh; the game, and why these numbers: game.py and docs/demo.md.
 
 # The demo
 DEMO_MODELS=${DEMO_MODELS:-exps/demo-models}  # folder of its two models and its prompts, made when it is missing
