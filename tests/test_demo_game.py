@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare as methods
 import game
 import pytest
 from game import PREFERENCE, START
@@ -113,7 +114,7 @@ def test_comparison_reads_runs_that_do_not_tell_their_iterations_and_title(tmp_p
     path = Path(make_run(tmp_path / "a", "comal", 0, [0.1] * 8))
     settings = {"METHOD": "comal", "SEED": "0", "UPDATE_INTERVAL": "3", "ROUNDS": "2", "SPLITS": "4"}
     (path / "run.json").write_text(json.dumps(settings))
-    found = game.read_run(path)
+    found = methods.read_run(path)
     assert (found["title"], len(found["gaps"]), found["moves"]) == ("comal", 9, [3, 6])
 
 

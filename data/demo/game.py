@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from analysis.nash import duality_gap
 from judges.base import fill_template, read_template
 from records import Chat, Prompt, writer
-from utils import run, write_text
+from utils import log, run, write_text
 
 NAMES = ("mountains", "sea", "city")
 ANSWERS = (
@@ -262,6 +262,7 @@ def table(experiment: str, start: str = "exps/demo-models/policy"):
         experiment: directory of the run
         start: checkpoint of the initial policy
     """
+    log.setLevel("WARNING")  # nothing but the table is printed
     experiment, target = Path(experiment), Path(experiment) / "game.json"
     checkpoints = sorted((p.parent for p in experiment.glob("iter*/ckpt/DONE")), key=lambda p: int(p.parent.name[4:]))
     sources = [c / "DONE" for c in checkpoints] + list(experiment.glob("iter*/eval/vs_*.json"))
