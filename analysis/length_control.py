@@ -136,7 +136,7 @@ class _Fit:
         chosen = LogisticRegressionCV(
             cv=list(folds), scoring=_score, l1_ratios=(1,), use_legacy_attributes=False, **SOLVER
         ).fit(self.features, self.labels, sample_weight=self.weights(np.ones(len(self.equal_length))))
-        self.penalty = chosen.C_
+        self.inverse_penalty = chosen.C_
 
     def weights(self, prompts):
         """Of all examples (2 (G + N),), from those of the prompts (N,)."""
@@ -146,7 +146,7 @@ class _Fit:
         """Probabilities (N,) at difference 0, fitted with weights (N,) of the prompts."""
         from sklearn.linear_model import LogisticRegression
 
-        model = LogisticRegression(C=self.penalty, l1_ratio=1, **SOLVER)
+        model = LogisticRegression(C=self.inverse_penalty, l1_ratio=1, **SOLVER)
         model.fit(self.features, self.labels, sample_weight=self.weights(prompts))
         return model.predict_proba(self.equal_length)[:, 1]
 
