@@ -130,6 +130,8 @@ class Data(TypedDict):
     last_rejected_logp: LogProbability
     ref_chosen_logp: LogProbability  # under the reference
     ref_rejected_logp: LogProbability
+    chosen_num_tokens: NotRequired[int]
+    rejected_num_tokens: NotRequired[int]
 
 
 class Chat(TypedDict):

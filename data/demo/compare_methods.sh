@@ -2,7 +2,7 @@
 # Compares the methods on the demo's game: COMAL, INPO with a fixed reference, Iter-IPO and Iter-DPO, 18 iterations each
 # through the whole pipeline, from several seeds.
 #
-#   bash data/demo/compare_methods.sh            hours on two cores; started again, it goes on where it stopped
+#   bash data/demo/compare_methods.sh            some two hours on two cores; started again, it goes on where it stopped
 #   SEEDS="0 1" JOBS=4 bash data/demo/compare_methods.sh
 #
 # Each run is bash comal.sh METHOD=... SEED=...; it goes to exps/compare/METHOD-SEED, what it prints to METHOD-SEED.log.
