@@ -72,10 +72,11 @@ def input_files() -> list[str]:
 def check_files() -> None:
     """Raises Refused for a model or a file that does not exist."""
     values = current()
-    roles = ["MODEL", "REFERENCE"] + ["JUDGE"] * (SERVER not in values["JUDGE_TYPE"])
-    for role, name in ((role, name) for role in roles for name in values[role].split(",")):
+    judges = [] if SERVER in values["JUDGE_TYPE"] else values["JUDGE"].split(",")
+    policies = [("MODEL", values["MODEL"]), ("REFERENCE", values["REFERENCE"])]
+    for setting, name in [*policies, *(("JUDGE", judge) for judge in judges)]:
         if not (os.path.exists(name) or re.fullmatch(HUB_ID, name)):
-            raise Refused(f"{name} ({role}): no such directory, and no Hub id (owner/name)")
+            raise Refused(f"{name} ({setting}): no such directory, and no Hub id (owner/name)")
     folder, splits = values["PROMPTS_DIR"], values["SPLITS"]
     several = state("ONE_ITERATION") == "false"
     if several and folder == "data/prompts" and Path(folder, f"train_{splits}.jsonl").exists():

@@ -200,8 +200,8 @@ def check_start(values: dict[str, str], given: Collection[str]) -> None:
         if values["FROM"] and name in given:
             raise Refused(f"FROM says where to go on and with which reference; leave out {name}")
     if first >= iterations:
-        remedy = "raise ROUNDS" if iterations > 1 else f"METHOD={values['METHOD']} takes one"
-        raise Refused(f"FIRST_ITERATION={first}, but there are {iterations} iterations (numbered from 0); {remedy}")
+        remedy = "raise ROUNDS" if iterations > 1 else f"METHOD={values['METHOD']} has no other"
+        raise Refused(f"FIRST_ITERATION={first}, but the last iteration has the number {iterations - 1}; {remedy}")
 
 
 def check_judge(values: dict[str, str]) -> None:

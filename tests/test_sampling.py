@@ -34,9 +34,8 @@ class EchoSampler(RecordWork):
         return {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "samples": self.samples(job)}
 
     def samples(self, job):
-        return [{"text": f"{self.config.model} at {self.temperature[job]} and {self.top_p[job]}"}] * self.num_samples[
-            job
-        ]
+        text = f"{self.config.model} at {self.temperature[job]} and {self.top_p[job]}"
+        return [{"text": text}] * self.num_samples[job]
 
 
 @pytest.mark.parametrize(
