@@ -250,7 +250,7 @@ $policy/model"
 }
 
 demo_table() {
-  watched --show -- "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" ||
+  watched --show -- "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" --tokenizer "$TOKENIZER" ||
     die "the demo's table failed"
 }
 

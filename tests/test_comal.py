@@ -18,6 +18,8 @@ import uuid
 import pytest
 from helpers.loop import ROOT, Loop, environment, processes, wait_until
 
+from analysis.experiment import beginning
+
 sys.path.insert(0, str(ROOT / "launch"))
 import settings as launch_settings  # noqa: E402
 
@@ -300,6 +302,7 @@ def test_a_run_begins_at_any_iteration_with_any_policy_and_reference(loop):
     assert "--names start,iter3,iter5 " in log(5, "matrix")
     found = json.loads((loop.exps / "run/run.json").read_text())
     assert (found["FIRST_ITERATION"], found["REFERENCE"]) == ("3", judge)
+    assert beginning(loop.exps / "run", found) == (3, judge)  # as the report reads it
     for changed in ({"FIRST_ITERATION": "2"}, {"REFERENCE": policy}):
         output, code = loop.run(**start | changed)
         ((name, value),) = changed.items()
@@ -543,6 +546,25 @@ def test_baselines_take_one_iteration_over_all_prompts(loop, method, trainer):
 def test_one_eta_a_round(loop):
     flags = planned(loop, "inpo.py", ROUNDS="3", ETA="0.002,0.1")
     assert [words["--eta"] for words in flags] == ["0.002"] * 2 + ["0.1"] * 4
+
+
+def test_the_documents_recipe_of_the_second_version_is_planned(loop, tmp_path):
+    """With local models in the place of Llama-3 and of RM1 and RM2, which the documents do not name."""
+    text = (ROOT / "docs/recipes.md").read_text()
+    (command,) = re.findall(r"bash comal.sh (NAME=v2 .*?)\n```", text.replace("\\\n", " "), re.DOTALL)
+    for name in ("policy", "RM1", "RM2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(2**20))
+    command = command.replace("meta-llama/Meta-Llama-3-8B-Instruct", str(tmp_path / "policy"))
+    command = command.replace("RM1,RM2", f"{tmp_path}/RM1,{tmp_path}/RM2").split()
+    plan, code = loop.run("--plan", *command, RECIPE="full", GPUS="none", SPLITS="6")
+    assert code == 0 and "COMAL, 18 iterations into exps/v2; eta 0.002,0.1, the reference moves every 6" in plan, plan
+    assert plan.count(f"--judge {tmp_path}/RM1,{tmp_path}/RM2 --judge_type reward ") == 20
+    assert re.findall(r"inpo.py .*--eta (\S+)", plan) == ["0.002"] * 6 + ["0.1"] * 12
+    start = str(tmp_path / "policy")
+    references = re.findall(r"--reference (\S+) --tokenizer '' --input exps/v2/iter\d+/train.pairs", plan)
+    assert references == [start] * 6 + ["exps/v2/iter5/ckpt"] * 6 + ["exps/v2/iter11/ckpt"] * 6
+    assert "checkpoints 18 x 1.0 MiB" in plan and not (ROOT / "exps/v2").exists()
 
 
 def test_full_recipe_has_the_methods_own_eta(loop):

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import uuid
-from pathlib import Path
 
 import pytest
 from helpers.loop import ROOT, environment
@@ -169,7 +168,7 @@ def test_there_is_no_network_in_a_namespace_of_its_own():
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_from_checkpoints_needs_no_network(comal, cache, tmp_path):
+def test_a_run_that_goes_on_from_checkpoints_needs_no_network(comal, cache):
     """The last iteration of a round from a policy and a reference of the Hub's cache, with real engines."""
     if subprocess.run([*WITHOUT_NETWORK, "true"], capture_output=True).returncode:
         pytest.skip("this process may not make a network namespace")
