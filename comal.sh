@@ -4,6 +4,7 @@
 #   bash comal.sh                            run: with a GPU the Qwen2-1.5B recipe, without one the small demo
 #   bash comal.sh METHOD=inpo-small ETA=0.1  with other settings; they can also be in the environment
 #   bash comal.sh --plan                     print the commands that would run, and what they will cost
+#   bash comal.sh --prepare                  fetch and check all that the run needs; after it no network is needed
 #   bash comal.sh --help                     explain every setting, also the rarer ones of launch/settings.sh
 #
 # Each stage reads files and writes files, in exps/NAME. Started again, the loop goes on where it stopped: a stage whose
@@ -21,6 +22,7 @@ SEED=${SEED:-0}  # of sampling, of the pairs and of the order of the data
 
 # Models (local directories or Hub ids) and prompts
 MODEL=${MODEL:-yale-nlp/comal-qwen2-1.5b-mle}  # the initial policy
+REFERENCE=${REFERENCE:-$MODEL}  # the first reference; another one where a run goes on from a checkpoint
 JUDGE=${JUDGE:-NCSOFT/Llama-3-OffsetBias-8B}  # decides which of two responses is better; several, by comma: a panel
 PROMPTS_DIR=${PROMPTS_DIR:-data/prompts}  # folder of train_<i>.jsonl, train.jsonl and test.jsonl
 EVAL_PROMPTS=${EVAL_PROMPTS:-data/prompts/alpaca_eval.jsonl}  # file of prompts for the win rates
@@ -64,9 +66,9 @@ sample() {  # the policy answers train and test prompts, and the evaluation prom
   answers=$(responses $((i - 1)))
   local inputs=$PROMPTS_DIR/$(split).jsonl,$PROMPTS_DIR/test.jsonl
   local outputs=$iter/train.samples.jsonl,$iter/test.samples.jsonl
-  local counts=$NUM_SAMPLES,$NUM_SAMPLES temperatures=$TEMPERATURE,$TEMPERATURE
+  local counts=$NUM_SAMPLES,$NUM_SAMPLES temperatures=$TEMPERATURE,$TEMPERATURE masses=$TOP_P,$TOP_P
   if [[ ! -e $answers ]]; then
-    inputs+=,$EVAL_PROMPTS outputs+=,$answers counts+=,1 temperatures+=,$EVAL_TEMPERATURE
+    inputs+=,$EVAL_PROMPTS outputs+=,$answers counts+=,1 temperatures+=,$EVAL_TEMPERATURE masses+=,$EVAL_TOP_P
   fi
   stage sampling "$iter"/{train,test}.samples.jsonl "$answers" -- \
     "$PYTHON" sampling.py \
@@ -76,7 +78,7 @@ sample() {  # the policy answers train and test prompts, and the evaluation prom
     --output "$outputs" \
     --num_samples "$counts" \
     --temperature "$temperatures" \
-    --top_p "$TOP_P" \
+    --top_p "$masses" \
     --max_prompt_tokens "$MAX_PROMPT_TOKENS" \
     --max_new_tokens "$MAX_NEW_TOKENS" \
     --seed "$(seed)" \
@@ -158,9 +160,11 @@ train() {  # the next policy
     --global_batch_size "$GLOBAL_BATCH_SIZE" \
     --micro_batch_tokens "$MICRO_BATCH_TOKENS" \
     --max_length "$MAX_LENGTH" \
+    --weight_decay "$WEIGHT_DECAY" \
     --max_grad_norm "$MAX_GRAD_NORM" \
     --gradient_checkpointing "$GRADIENT_CHECKPOINTING" \
     --select "$SELECT" \
+    --eval_steps "$EVAL_STEPS" \
     --save_steps "$SAVE_STEPS" \
     --report_to "$REPORT_TO" \
     --seed "$(seed)"
@@ -174,7 +178,7 @@ answer() {  # STAGE MODEL OUTPUT SEED: one answer to each evaluation prompt
     --input "$EVAL_PROMPTS" \
     --output "$3" \
     --temperature "$EVAL_TEMPERATURE" \
-    --top_p "$TOP_P" \
+    --top_p "$EVAL_TOP_P" \
     --max_prompt_tokens "$MAX_PROMPT_TOKENS" \
     --max_new_tokens "$MAX_NEW_TOKENS" \
     --seed "$4" \

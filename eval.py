@@ -33,7 +33,7 @@ from utils import (
     split_list,
     write_text,
 )
-from vllm_model import Sampler, SamplerConfig
+from vllm_model import Sampler, SamplerConfig, check_top_p
 from workers.pool import map_files
 
 
@@ -59,15 +59,17 @@ def alpaca_eval(output: str):
             write({"prompt_id": f"alpaca_eval-{number}", "prompt": row["instruction"], "dataset": row["dataset"]})
 
 
-def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: SamplerConfig):
+def generate(output: str, input: str = "", temperature: float = 0.7, top_p: float = 0.95, **sampler: SamplerConfig):
     """One response to every prompt of an evaluation set.
 
     Args:
         output: responses file
         input: prompt file; default: AlpacaEval's instructions, kept beside the output
         temperature: sampling temperature
+        top_p: nucleus mass
     """
     check_at_least(0, temperature=temperature)
+    check_top_p(top_p)
     check_output("output", output)
     if not input:
         input = str(Path(output).with_name("alpaca_eval.jsonl"))
@@ -75,8 +77,8 @@ def generate(output: str, input: str = "", temperature: float = 0.7, **sampler: 
             alpaca_eval(input)
     (source,), (target,) = file_lists(input=input, output=output)
     config = SamplerConfig(**sampler)
-    make_work = partial(Sampler, config, num_samples=[1], temperature=[temperature])
-    fingerprint = config.fingerprint() | {"num_samples": 1, "temperature": temperature}
+    make_work = partial(Sampler, config, num_samples=[1], temperature=[temperature], top_p=[top_p])
+    fingerprint = config.fingerprint() | {"num_samples": 1, "temperature": temperature, "top_p": top_p}
     map_files([(partial(read, source, Prompt), target, fingerprint)], make_work, config, "responses")
 
 

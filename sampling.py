@@ -18,7 +18,7 @@ from functools import partial
 
 from records import Prompt, read
 from utils import SEED_SPACING, StageError, file_lists, run, split_list
-from vllm_model import Sampler, SamplerConfig
+from vllm_model import Sampler, SamplerConfig, check_top_p
 from workers.pool import map_files
 
 
@@ -37,7 +37,14 @@ def per_file(name, value, kind, count):
     return values * count if len(values) == 1 else values
 
 
-def main(input: str, output: str, num_samples: str = "5", temperature: str = "0.8", **sampler: SamplerConfig):
+def main(
+    input: str,
+    output: str,
+    num_samples: str = "5",
+    temperature: str = "0.8",
+    top_p: str = "0.95",
+    **sampler: SamplerConfig,
+):
     """Sample responses to every prompt of one or several files with one start of the model.
 
     Args:
@@ -45,6 +52,7 @@ def main(input: str, output: str, num_samples: str = "5", temperature: str = "0.
         output: samples file(s), as many
         num_samples: K, responses a prompt; one value, or one a file
         temperature: sampling temperature; one value, or one a file
+        top_p: nucleus mass; one value, or one a file
     """
     inputs, outputs = file_lists(input=input, output=output)
     config = SamplerConfig(**sampler)
@@ -52,12 +60,16 @@ def main(input: str, output: str, num_samples: str = "5", temperature: str = "0.
     if max(counts) > SEED_SPACING:
         raise StageError(f"--num_samples should be at most {SEED_SPACING}, got {num_samples}")
     temperatures = per_file("temperature", temperature, float, len(inputs))
+    masses = per_file("top_p", top_p, float, len(inputs))
+    for mass in masses:
+        check_top_p(mass)
+    values = {"num_samples": counts, "temperature": temperatures, "top_p": masses}
     fingerprint = config.fingerprint()
     jobs = [
-        (partial(read, path, Prompt), target, fingerprint | {"num_samples": count, "temperature": value})
-        for path, target, count, value in zip(inputs, outputs, counts, temperatures)
+        (partial(read, path, Prompt), target, fingerprint | {name: each[job] for name, each in values.items()})
+        for job, (path, target) in enumerate(zip(inputs, outputs))
     ]
-    map_files(jobs, partial(Sampler, config, num_samples=counts, temperature=temperatures), config, "sampling")
+    map_files(jobs, partial(Sampler, config, **values), config, "sampling")
 
 
 if __name__ == "__main__":

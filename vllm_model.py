@@ -64,7 +64,6 @@ class SamplerConfig(EngineConfig):
     Args:
         model: checkpoint directory or Hub id of the policy
         tokenizer: directory or Hub id; default: the model's
-        top_p: nucleus mass
         max_prompt_tokens: longer prompts are skipped and listed
         max_new_tokens: responses end here at the latest
         seed: the same seed gives the same samples, whatever the number of workers
@@ -72,7 +71,6 @@ class SamplerConfig(EngineConfig):
 
     model: str
     tokenizer: str = ""
-    top_p: float = 0.95
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 2048
     seed: int = 0
@@ -80,8 +78,6 @@ class SamplerConfig(EngineConfig):
     def __post_init__(self):
         super().__post_init__()
         check_at_least(1, max_prompt_tokens=self.max_prompt_tokens, max_new_tokens=self.max_new_tokens)
-        if not 0 < self.top_p <= 1:
-            raise StageError(f"--top_p should be greater than 0 and at most 1, got {self.top_p}")
 
     # Resolved once, in the stage; the workers get the values with the rest.
     @cached_property
@@ -97,6 +93,12 @@ class SamplerConfig(EngineConfig):
     def fingerprint(self) -> dict:
         """{setting: value} of all that samples depend on; of the model the contents instead of its name."""
         return super().fingerprint() | {"model": model_fingerprint(self.model_path)}
+
+
+def check_top_p(value: float) -> None:
+    """Raise StageError for what is no nucleus mass."""
+    if not 0 < value <= 1:
+        raise StageError(f"--top_p should be greater than 0 and at most 1, got {value}")
 
 
 class Engine:
@@ -277,14 +279,14 @@ class Sampler(EngineWork):
 
     Args:
         config: SamplerConfig
-        num_samples, temperature: one value a job.
+        num_samples, temperature, top_p: one value a job.
     """
 
-    def __init__(self, config: SamplerConfig, num_samples: list[int], temperature: list[float]):
+    def __init__(self, config: SamplerConfig, num_samples: list[int], temperature: list[float], top_p: list[float]):
         from data_utils import end_token_id, load_tokenizer
 
         super().__init__()
-        self.config, self.num_samples, self.temperature = config, num_samples, temperature
+        self.config, self.num_samples, self.temperature, self.top_p = config, num_samples, temperature, top_p
         self.tokenizer = load_tokenizer(config.model_path, config.tokenizer_path)
         self.end_ids = sorted({end_token_id(self.tokenizer), self.tokenizer.eos_token_id})
         length = config.max_prompt_tokens + config.max_new_tokens
@@ -314,7 +316,7 @@ class Sampler(EngineWork):
         return SamplingParams(
             n=self.num_samples[job],
             temperature=self.temperature[job],
-            top_p=self.config.top_p,
+            top_p=self.top_p[job],
             max_tokens=self.config.max_new_tokens,
             seed=derive_seed(self.config.seed, record["prompt_id"]),
             stop_token_ids=self.end_ids,

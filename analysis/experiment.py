@@ -152,7 +152,7 @@ def beginning(path: Path, settings: dict) -> tuple:
     """(number of the first iteration, its reference); a fork begins after the iteration that FROM names."""
     origin = re.fullmatch(r"(.*/)?([^/]+)/iter(\d+)", settings.get("FROM", "").rstrip("/"))
     if not origin:
-        return 0, settings.get("MODEL")
+        return whole_number(settings, "FIRST_ITERATION") or 0, settings.get("REFERENCE") or settings.get("MODEL")
     places = [path.parent / origin[2] / f"iter{origin[3]}", Path(origin.string)]
     return int(origin[3]) + 1, next(
         filter(None, (read_json(place / "next.json").get("reference") for place in places)), None

@@ -26,7 +26,7 @@ from workers.worker import Worker, run_here
 
 def one_way(queue, way, config, records, num_samples, batch):
     """(seconds, {(prompt_id, k): token ids}, engine steps)."""
-    sampler = Sampler(config, [num_samples], [1.0])
+    sampler = Sampler(config, [num_samples], [1.0], [0.95])
     engine, steps = sampler.engine.llm.llm_engine, [0]
     step = engine.step
 

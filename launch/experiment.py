@@ -72,10 +72,11 @@ def input_files() -> list[str]:
 def check_files() -> None:
     """Raises Refused for a model or a file that does not exist."""
     values = current()
-    on_server = SERVER in values["JUDGE_TYPE"]
-    for name in [values["MODEL"], *([] if on_server else values["JUDGE"].split(","))]:
+    judges = [] if SERVER in values["JUDGE_TYPE"] else values["JUDGE"].split(",")
+    policies = [("MODEL", values["MODEL"]), ("REFERENCE", values["REFERENCE"])]
+    for setting, name in [*policies, *(("JUDGE", judge) for judge in judges)]:
         if not (os.path.exists(name) or re.fullmatch(HUB_ID, name)):
-            raise Refused(f"{name} (MODEL or JUDGE): no such directory, and no Hub id (owner/name)")
+            raise Refused(f"{name} ({setting}): no such directory, and no Hub id (owner/name)")
     folder, splits = values["PROMPTS_DIR"], values["SPLITS"]
     several = state("ONE_ITERATION") == "false"
     if several and folder == "data/prompts" and Path(folder, f"train_{splits}.jsonl").exists():
@@ -114,6 +115,8 @@ def read_run(path: Path) -> dict[str, str]:
             f"{path} is no valid JSON ({error}). Earlier versions did not escape quotes in JUDGE_FLAGS: "
             'write each quote inside a value as \\", or take another NAME'
         ) from None
+    # What these settings were before they existed, where that is not their default.
+    found = {"WEIGHT_DECAY": "0"} | ({"EVAL_TOP_P": found["TOP_P"]} if "TOP_P" in found else {}) | found
     for name, renamed in RENAMED_VALUES.items():
         if name in found:
             found[name] = ",".join(renamed.get(value, value) for value in found[name].split(","))
@@ -172,8 +175,8 @@ def weights(model: str) -> list[Path]:
     """The weight files of a directory, of a checkpoint of ours, or of a model that the Hub's cache holds."""
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub"))
     snapshots = sorted((cache.expanduser() / f"models--{model.replace('/', '--')}").glob("snapshots/*"))
-    for folder in (Path(model), Path(model, "model"), *snapshots[-1:]):
-        for pattern in ("*.safetensors", "*.bin"):
+    for folder in (Path(model), *snapshots[-1:]):
+        for pattern in ("*.safetensors", "*.bin", "model/*.safetensors", "model/*.bin"):
             if found := sorted(folder.glob(pattern)):
                 return found
     return []

@@ -10,6 +10,7 @@ find_machines() {  # the arrays `launch`, which starts training, and `judge` and
   engines=(--engine "$ENGINE" --gpus "$GPUS" --tensor_parallel_size "$TENSOR_PARALLEL_SIZE" --on_error "$ON_ERROR"
     --stall_timeout "$STALL_TIMEOUT")
   launch=("$PYTHON")
+  [[ -z $only_prepare ]] || return 0  # also on a machine without the GPUs of the run
   local accelerate=("$PYTHON" -m accelerate.commands.launch --config_file fsdp_config.yaml)
   local several=() gpu_list=() numbers=$GPUS gpu listed
   listed=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,) || true

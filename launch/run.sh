@@ -1,6 +1,6 @@
 # What happens around the stages of comal.sh: before the loop, before and after an iteration, at the end; and `stage`,
 # which runs one, unless its outputs exist. Where there are processes it is here, the rest is Python: settings.py,
-# experiment.py (run.json, forks, checkpoints, disk), stage.py (one running stage), summary.py.
+# experiment.py (run.json, forks, checkpoints, disk), stage.py (one running stage), summary.py, prepare.py (--prepare).
 
 source launch/nodes.sh
 
@@ -98,7 +98,7 @@ trap 'echo "comal.sh: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
 # ------------------------------------------------------------------------------------------------ before the loop
 
-i=none ran= first=0 policy=$MODEL reference=$MODEL
+i=none ran= first=$FIRST_ITERATION policy=$MODEL reference=$REFERENCE
 
 begin() {
   local resolved
@@ -116,6 +116,7 @@ begin() {
   if ((NODE_RANK == 0)); then prepare; else join_node_0; fi
   [[ -z $plan ]] || return 0
   helper experiment files || exit 1
+  if [[ -n $only_prepare ]]; then prepare_offline; exit; fi
   if ((NODE_RANK == 0)); then lock_experiment; fi
   helper experiment check || exit 1
   if ((NODES > 1 && NODE_RANK == 0)); then be_node_0; fi
@@ -153,6 +154,17 @@ prepare() {  # the demo's models and prompts, or the project's own prompt files;
       --output "$EVAL_PROMPTS"
   fi
   exec 9>&-
+}
+
+prepare_offline() {  # --prepare: fetch and check the rest, which the stages would do when they need it
+  local prompts=() i
+  for ((i = 0; i < SPLITS && i < ITERATIONS; i++)); do prompts+=("$PROMPTS_DIR/$(split).jsonl"); done
+  watched --show -- "$PYTHON" -m launch.prepare \
+    --models "$(list "$policy" "$reference" "$MODEL")" \
+    --tokenizer "$TOKENIZER" \
+    --prompts "$(list "${prompts[@]}" "$PROMPTS_DIR/test.jsonl" "$EVAL_PROMPTS")" \
+    "${judge[@]}" || exit 1
+  say "everything that the run needs is here; with HF_HUB_OFFLINE=1 in the environment it uses no network"
 }
 
 # Locks are descriptors of comal.sh: 8 of the experiment, 9 of what is built. stage.py inherits them, the stages do not:
@@ -238,7 +250,7 @@ $policy/model"
 }
 
 demo_table() {
-  watched --show -- "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" ||
+  watched --show -- "$PYTHON" data/demo/game.py table --experiment "$exp" --start "$MODEL" --tokenizer "$TOKENIZER" ||
     die "the demo's table failed"
 }
 
@@ -255,7 +267,13 @@ seed() { echo $((SEED * 1000 + i)); }
 
 split() { if [[ $ONE_ITERATION == true ]]; then echo train; else echo "train_$((i % SPLITS))"; fi; }
 
-responses() { if (($1 < 0)); then echo "$exp/start/responses.jsonl"; else echo "$exp/iter$1/eval/responses.jsonl"; fi; }
+responses() {  # ITERATION: the answers of its policy. Those of MODEL came before all; only a fork has others before it
+  if (($1 < 0)) || { [[ -z $FROM ]] && (($1 < first)); }; then
+    echo "$exp/start/responses.jsonl"
+  else
+    echo "$exp/iter$1/eval/responses.jsonl"
+  fi
+}
 
 eta() {  # this round's value of ETA; the last one holds for the rounds after it
   local values round=$((i / SPLITS))

@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,12 +92,12 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
         if name in RENAMED:
             raise Refused(f"{name} is now called {RENAMED[name]}")
         if not equals or name not in known:
-            near = difflib.get_close_matches(name.upper().lstrip("-"), [*known, "PLAN", "HELP"], 1, 0.6)
-            near = {"PLAN": ["--plan"], "HELP": ["--help"]}.get(near[0], near) if near else near
+            near = difflib.get_close_matches(name.upper().lstrip("-"), [*known, "PLAN", "PREPARE", "HELP"], 1, 0.6)
+            near = [f"--{near[0].lower()}" if near[0] not in known else near[0]] if near else near
             what = f"{near[0]}{'' if near[0].startswith('--') else '=...'}" if near else "see --help"
             raise Refused(
                 f"unknown argument {argument}; {f'did you mean {what}?' if near else what} "
-                "Arguments are --plan, --help and settings: NAME=value"
+                "Arguments are --plan, --prepare, --help and settings: NAME=value"
             )
     for name in sorted(environment.keys() - known.keys()):
         if name in RENAMED:
@@ -131,12 +132,14 @@ WHOLE = {  # the least value
         ["GLOBAL_BATCH_SIZE", "MAX_LENGTH", "EVAL_EVERY", "TENSOR_PARALLEL_SIZE", "NODES", "MASTER_PORT"], 1
     ),
     **dict.fromkeys(["NODE_RANK", "SEED", "MICRO_BATCH_TOKENS", "STALL_TIMEOUT", "SAVE_STEPS", "UPDATE_INTERVAL"], 0),
+    "EVAL_STEPS": 1,
+    "FIRST_ITERATION": 0,
     "NUM_SAMPLES": 2,
 }
 NUMBERS = ("TAU_ETA_RATIO", "BETA", "TEMPERATURE", "TOP_P", "LEARNING_RATE", "WARMUP_RATIO", "MAX_GRAD_NORM")
-NUMBERS += ("EVAL_TEMPERATURE",)
-POSITIVE = ("LEARNING_RATE", "BETA", "TOP_P")
-AT_MOST_ONE = ("TOP_P", "WARMUP_RATIO")
+NUMBERS += ("EVAL_TEMPERATURE", "EVAL_TOP_P", "WEIGHT_DECAY")
+POSITIVE = ("LEARNING_RATE", "BETA", "TOP_P", "EVAL_TOP_P")
+AT_MOST_ONE = ("TOP_P", "EVAL_TOP_P", "WARMUP_RATIO")
 # What the results do not depend on; an experiment may go on with other values of these.
 FREE = {"NAME", "ROUNDS", "RECIPE", "DEMO_MODELS", "API_BASE", "MICRO_BATCH_TOKENS", "GRADIENT_CHECKPOINTING"}
 FREE |= {
@@ -152,8 +155,11 @@ FREE |= {
 FREE |= {"ON_ERROR", "STALL_TIMEOUT", "NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def check_values(values: dict[str, str]) -> None:
-    """Refuse, before hours of work, what can be known to be wrong. Raises Refused."""
+def check_values(values: dict[str, str], given: Collection[str] = ()) -> None:
+    """Refuse, before hours of work, what can be known to be wrong. `given`: the names that the user has given.
+
+    Raises Refused.
+    """
     for name, old in RENAMED_VALUES.items():
         for value in values[name].split(","):
             if value in old:
@@ -162,7 +168,7 @@ def check_values(values: dict[str, str]) -> None:
         if values[name] not in choices:
             raise Refused(f"{name}={values[name]} is unknown; choose one of: {' '.join(choices)}")
     for name, least in WHOLE.items():
-        if not (re.fullmatch("[0-9]+", values[name]) and int(values[name]) >= least):
+        if not (re.fullmatch("0|[1-9][0-9]*", values[name]) and int(values[name]) >= least):
             raise Refused(f"{name}={values[name]} should be a whole number, at least {least}")
     for name in NUMBERS:
         if not re.fullmatch(NUMBER, values[name]):
@@ -183,7 +189,19 @@ def check_values(values: dict[str, str]) -> None:
         raise Refused(f"NODE_RANK={values['NODE_RANK']} should be less than NODES={values['NODES']}")
     if values["ENGINE"] == "ray" and values["GPUS"] not in ("auto", "none"):
         raise Refused(f"GPUS={values['GPUS']}: with ENGINE=ray, Ray hands out the GPUs; give auto or none")
+    check_start(values, given)
     check_judge(values)
+
+
+def check_start(values: dict[str, str], given: Collection[str]) -> None:
+    """Where the experiment begins: with MODEL, REFERENCE and FIRST_ITERATION, or as the fork FROM. Raises Refused."""
+    first, iterations = int(values["FIRST_ITERATION"]), int(resolve(values)["ITERATIONS"])
+    for name in ("FIRST_ITERATION", "REFERENCE"):
+        if values["FROM"] and name in given:
+            raise Refused(f"FROM says where to go on and with which reference; leave out {name}")
+    if first >= iterations:
+        remedy = "raise ROUNDS" if iterations > 1 else f"METHOD={values['METHOD']} has no other"
+        raise Refused(f"FIRST_ITERATION={first}, but the last iteration has the number {iterations - 1}; {remedy}")
 
 
 def check_judge(values: dict[str, str]) -> None:
@@ -278,7 +296,7 @@ def main() -> None:
         check_names(words, dict(os.environ))
     else:
         values = current()
-        check_values(values)
+        check_values(values, words)
         for name, value in resolve(values).items():
             print(f"{name}={shlex.quote(value)}")
         print(f"judge_flags=({shlex.join(judge_flags(values))})")

@@ -9,18 +9,22 @@ TEMPLATE=${TEMPLATE:-prompts/offsetbias.txt}  # the judge's prompt; of a panel o
 API_BASE=${API_BASE:-}  # address of a server that judges, ending in /v1; its key is OPENAI_API_KEY in the environment
 JUDGE_FLAGS=${JUDGE_FLAGS:-}  # more flags for scoring.py, quoted as in a shell: "--labels 'A,B' --reward_temperature 2"
 FROM=${FROM:-}  # exps/OTHER/iterN: a fork, which goes on after that iteration with its policy and its reference
+FIRST_ITERATION=${FIRST_ITERATION:-0}  # the number to begin with, where MODEL and REFERENCE are checkpoints of a run
 
 # Sampling and judging
 MAX_PROMPT_TOKENS=${MAX_PROMPT_TOKENS:-2048}  # longer prompts are skipped and listed
 MAX_JUDGE_TOKENS=${MAX_JUDGE_TOKENS:-8191}  # longer judging prompts are skipped and listed
 EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-0.7}  # of the answers to the evaluation prompts
+EVAL_TOP_P=${EVAL_TOP_P:-0.95}  # nucleus sampling of these answers; 1: off
 KL_FROM_START=${KL_FROM_START:-true}  # measure the KL from the initial policy at each round's end
 
 # Training
 WARMUP_RATIO=${WARMUP_RATIO:-0.1}  # share of the updates in which the learning rate rises
 MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0}  # tokens of a forward pass on one GPU; 0: one pair at a time
+WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}  # of AdamW; at a learning rate of 5e-7 it has no effect
 MAX_GRAD_NORM=${MAX_GRAD_NORM:-0}  # gradients are clipped to this norm; 0: not at all
 GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false}  # true: less memory, a third more time
+EVAL_STEPS=${EVAL_STEPS:-500}  # updates between validations, besides those at each epoch's end
 SAVE_STEPS=${SAVE_STEPS:-200}  # updates between points where training can go on; 0: none
 KEEP_CKPTS=${KEEP_CKPTS:-all}  # which checkpoints stay: all, rounds (the last of each) or last (what is still needed)
 REPORT_TO=${REPORT_TO:-tensorboard}  # training curves: tensorboard, wandb, both by comma, or none

@@ -6,7 +6,8 @@
 #
 # comal.sh runs on every node: on the first one the loop, on all of them log-probabilities and training. With Ray in
 # .venv (pip install ray) sampling and judging use the GPUs of all nodes too, otherwise those of the first.
-# Where the nodes have no network, make .venv before, on a login node: SETUP_FOR=gpu bash launch/setup.sh
+# Where the nodes have no network, fetch everything before, on a login node: SETUP_FOR=gpu RECIPE=full bash comal.sh
+# --prepare; then export HF_HUB_OFFLINE=1.
 # Submitted again, also after a time limit, it goes on where it stopped. What it prints: exps/slurm-JOB.out.
 # On nodes without GPUs: sbatch --gpus-per-node=0, with GPUS=none.
 #SBATCH --job-name=comal

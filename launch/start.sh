@@ -18,11 +18,12 @@ files=(comal.sh launch/settings.sh data/demo/settings.sh)
 mapfile -t SETTINGS < <(sed -nE 's/^([A-Z][A-Z0-9_]*)=\$\{\1.*/\1/p' "${files[@]}" | sort -u)
 STATE=(METHODS METHOD_TITLE TRAINER ITERATIONS ONE_ITERATION PYTHON plan exp i iter first policy reference)
 
-plan= arguments=()
+plan= only_prepare= arguments=()
 for argument in "$@"; do
   case $argument in
     --help | -h) "$python" -S launch/settings.py help; exit 0 ;;
     --plan) plan=yes ;;
+    --prepare) only_prepare=yes ;;
     *) arguments+=("$argument") ;;
   esac
 done

@@ -48,7 +48,8 @@ def times(number: int) -> str:
 def win_rates(row: dict) -> str:
     """Of one policy, against the initial one and the one before it."""
     number = row["iteration"]
-    before = "the initial policy" if number == 0 else f"that of iteration {number - 1}"
+    at_start = number == int(state("FIRST_ITERATION") or 0)
+    before = "the initial policy" if at_start else f"that of iteration {number - 1}"
     found = {"the initial policy": row.get("win_rate_start"), before: row.get("win_rate_previous")}
     known = [f"{100 * rate:.1f} % against {other}" for other, rate in found.items() if rate is not None]
     return f"the policy of iteration {number} wins {', '.join(known)}" if known else ""

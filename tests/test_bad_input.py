@@ -268,6 +268,7 @@ ROWS = [
     row("sampling", "temperature", "--temperature | at least 0 | -1", temperature=-1),
     row("sampling", "nan-temperature", "--temperature | numbers | 'nan'", temperature="nan"),
     row("generate", "temperature", "--temperature | at least 0 | -1.0", temperature=-1),
+    row("generate", "top-p", "--top_p | greater than 0 | 0.0", top_p=0),
     row("sampling", "top-p", "--top_p | at most 1 | 1.1", top_p=1.1),
     row("sampling", "no-new-tokens", "--max_new_tokens | at least 1 | 0", max_new_tokens=0),
     row("sampling", "no-prompt-tokens", "--max_prompt_tokens | at least 1 | 0", max_prompt_tokens=0),

@@ -18,6 +18,8 @@ import uuid
 import pytest
 from helpers.loop import ROOT, Loop, environment, processes, wait_until
 
+from analysis.experiment import beginning
+
 sys.path.insert(0, str(ROOT / "launch"))
 import settings as launch_settings  # noqa: E402
 
@@ -273,6 +275,59 @@ def test_pins_and_forks(loop):
     assert code == 1 and "prompts/train_1.jsonl" in output and "train_0" not in output and "or fork: bash" in output
 
 
+def test_a_run_begins_at_any_iteration_with_any_policy_and_reference(loop):
+    """The reference moves when it would have moved, the rounds keep their numbers, and KL and win rates are measured
+    from MODEL."""
+    judge = str(loop.folder / "models/judge")  # stands in for another checkpoint
+    start = {"ROUNDS": "3", "FIRST_ITERATION": "3", "REFERENCE": judge, "KL_FROM_START": "true"}
+    run, policy = f"exps/{loop.name}/run", str(loop.folder / "models/policy")
+    plan, code = loop.run("--plan", **start)
+    assert code == 0 and "iteration 2 of 6" not in plan and "left, 3" in plan, plan
+    sampled = [words["--model"] for words in planned(loop, "sampling.py", **start)]
+    assert len(sampled) == 3 and sampled[1:] == [f"{run}/iter3/ckpt", f"{run}/iter4/ckpt"]
+    output, code = loop.run(**start)
+    assert code == 0 and "=== iteration 3 of 6" in output and "=== iteration 2 of" not in output, output
+    assert loop.models() == [3, 4, 5] and not (loop.exps / "run/iter2").exists()
+    assert (loop.exps / "run/start/responses.jsonl").exists()
+    assert sorted(path.name for path in loop.exps.glob("run/round*")) == ["round2", "round3"]
+    log = lambda i, stage: (loop.exps / f"run/iter{i}/logs/{stage}.log").read_text()
+    assert f"--reference '{judge}'" in log(3, "logprobs") and "train_1.jsonl" in log(3, "sampling")
+    assert f"--reference {run}/iter3/ckpt" in log(4, "logprobs") and "train_0.jsonl" in log(4, "sampling")
+    assert (
+        f"--model '{policy}'" in log(3, "start_logprobs") and (loop.exps / "run/iter5/eval/start_logps.jsonl").exists()
+    )
+    answers = [f"{run}/iter{i}/eval/responses.jsonl" for i in (3, 4)]
+    baselines = [f"{run}/start/responses.jsonl"] * 3 + [answers[0], f"{run}/start/responses.jsonl", answers[1]]
+    assert f"--baseline {','.join(baselines)} " in log(5, "evaluation")
+    assert "--names start,iter3,iter5 " in log(5, "matrix")
+    found = json.loads((loop.exps / "run/run.json").read_text())
+    assert (found["FIRST_ITERATION"], found["REFERENCE"]) == ("3", judge)
+    assert beginning(loop.exps / "run", found) == (3, judge)  # as the report reads it
+    for changed in ({"FIRST_ITERATION": "2"}, {"REFERENCE": policy}):
+        output, code = loop.run(**start | changed)
+        ((name, value),) = changed.items()
+        assert code == 1 and f"{name}: {start[name]} then, {value} now" in output, output
+    assert loop.run(**start)[1] == 0
+    for name in ("FIRST_ITERATION", "REFERENCE"):
+        output, code = loop.run(FROM=f"{run}/iter4", NAME=f"{loop.name}/fork", **{name: start[name]})
+        assert code == 1 and f"leave out {name}" in output, output
+    output, code = loop.run(FROM=f"{run}/iter4", NAME=f"{loop.name}/fork", ROUNDS="3")
+    assert code == 0 and "=== iteration 5 of 6" in output, output
+    output, code = loop.run("--plan", METHOD="dpo", FIRST_ITERATION="1")
+    assert code == 1 and "the last iteration has the number 0; METHOD=dpo has no other" in output
+
+
+def test_the_demo_has_settings_of_its_own_where_results_depend_on_them(loop):
+    """No weight decay, and all of the distribution in evaluation too; the full recipe has those of the paper."""
+    (evaluated, *_), (trained, *_) = planned(loop, "eval.py generate"), planned(loop, "inpo.py")
+    assert (evaluated["--top_p"], trained["--weight_decay"], trained["--eval_steps"]) == ("1", "0", "500")
+    full = {"RECIPE": "full", "PROMPTS_DIR": "own", "EVAL_PROMPTS": "own.jsonl", "TOP_P": "0.9"}
+    (sampled, *_), (trained, *_) = planned(loop, "sampling.py", **full), planned(loop, "inpo.py", **full)
+    assert (sampled["--top_p"], sampled["--temperature"]) == ("0.9,0.9,0.95", "0.8,0.8,0.7")
+    assert (trained["--weight_decay"], trained["--eval_steps"]) == ("0.01", "500")
+    assert planned(loop, "eval.py generate", **full)[0]["--top_p"] == "0.95"
+
+
 def test_run_json_is_json_and_says_what_the_method_is(loop):
     flags = """--labels "A,B" --x 'it''s'"""
     output, code = loop.run(METHOD="inpo-small", JUDGE_FLAGS=flags, ETA="0.5,0.1")
@@ -293,14 +348,16 @@ def test_a_setting_that_is_not_in_run_json_had_its_default(loop):
     assert loop.run(**one)[1] == 0
     path = loop.exps / "run/run.json"
     old = json.loads(path.read_text())
-    for name in ("WARMUP_RATIO", "BETA", "TRAINER", "METHOD_TITLE", "ITERATIONS"):
+    for name in ("WARMUP_RATIO", "BETA", "TRAINER", "METHOD_TITLE", "ITERATIONS", "REFERENCE", "FIRST_ITERATION"):
         del old[name]
+    del old["WEIGHT_DECAY"], old["EVAL_TOP_P"]  # which were 0 and TOP_P
     old["JUDGE_TYPE"] = "offsetbias-lm"  # as generative judges were called
     path.write_text(json.dumps(old))
     assert loop.run(**one)[1] == 0
     assert json.loads(path.read_text())["TRAINER"] == "inpo"
-    output, code = loop.run(WARMUP_RATIO="0.2", **one)
+    output, code = loop.run(WARMUP_RATIO="0.2", WEIGHT_DECAY="0.01", EVAL_TOP_P="0.9", **one)
     assert code == 1 and "WARMUP_RATIO: 0.1 then, 0.2 now" in output
+    assert "WEIGHT_DECAY: 0 then, 0.01 now" in output and "EVAL_TOP_P: 1 then, 0.9 now" in output
     assert loop.run(**one | {"ROUNDS": "2"})[1] == 0  # more rounds may follow
     found = json.loads(path.read_text())
     assert (found["ROUNDS"], found["ITERATIONS"]) == ("2", "2")
@@ -319,7 +376,7 @@ def test_any_judge_reaches_the_stages(loop):
     plan = loop.run("--plan", JUDGE_FLAGS="--labels 'A x,B x' --reward_temperature 2")[0]
     assert plan.count("--labels A\\ x\\,B\\ x --reward_temperature 2") == 6, plan
     output, code = loop.run(JUDGE=f"{loop.folder}/models/judge,no-such-model", JUDGE_TYPE="reward")
-    assert code == 1 and "no-such-model (MODEL or JUDGE): no such directory" in output
+    assert code == 1 and "no-such-model (JUDGE): no such directory" in output
     plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="server", API_BASE="http://127.0.0.1:8000/v1")
     assert (
         code == 0 and "--judge some-model --judge_type server" in plan and "--api_base http://127.0.0.1:8000/v1" in plan
@@ -339,6 +396,7 @@ def test_arguments_come_before_the_environment(loop):
         (["LEARNING_RTE=1"], {}, "unknown argument LEARNING_RTE=1; did you mean LEARNING_RATE=...?"),
         (["eta=1"], {}, "unknown argument eta=1; did you mean ETA=...?"),
         (["--pln"], {}, "unknown argument --pln; did you mean --plan?"),
+        (["--prepair"], {}, "unknown argument --prepair; did you mean --prepare?"),
         (["PATH=/"], {}, "unknown argument PATH=/"),
         (["GPUS_PER_WORKER=2"], {}, "GPUS_PER_WORKER is now called TENSOR_PARALLEL_SIZE"),
         (
@@ -381,6 +439,14 @@ def test_the_disk_is_checked(loop):
         ("NUM_SAMPLES=1", "NUM_SAMPLES=1 should be a whole number, at least 2"),
         ("UPDATE_INTERVAL=six", "UPDATE_INTERVAL=six should be a whole number, at least 0"),
         ("SAVE_STEPS=x", "SAVE_STEPS=x should be a whole number, at least 0"),
+        ("EVAL_STEPS=0", "EVAL_STEPS=0 should be a whole number, at least 1"),
+        (
+            "FIRST_ITERATION=06",
+            "FIRST_ITERATION=06 should be a whole number, at least 0",
+        ),  # bash would read it as octal
+        ("FIRST_ITERATION=12", "FIRST_ITERATION=12, but the last iteration has the number 11; raise ROUNDS"),
+        ("WEIGHT_DECAY=w", "WEIGHT_DECAY=w should be a number, 0 or more"),
+        ("EVAL_TOP_P=1.1", "EVAL_TOP_P=1.1 should be at most 1"),
         ("STALL_TIMEOUT=-1", "STALL_TIMEOUT=-1 should be a whole number, at least 0"),
         ("ETA=0", "ETA=0 should be greater than 0"),
         ("ETA=-1", "ETA=-1 should be a number, or one a round, comma-separated"),
@@ -418,7 +484,8 @@ def test_a_wrong_setting_is_refused_at_once(loop):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ("MODEL=no/such/model", "no such directory"),
+        ("MODEL=no/such/model", "no/such/model (MODEL): no such directory"),
+        ("REFERENCE=no/such/model", "no/such/model (REFERENCE): no such directory"),
         ("EVAL_PROMPTS=none.jsonl", "none.jsonl does not exist"),
         ("SPLITS=9", "train_2.jsonl does not exist"),
         ("GPUS=97", "GPUS=97 names GPU 97, but nvidia-smi lists: "),
@@ -479,6 +546,25 @@ def test_baselines_take_one_iteration_over_all_prompts(loop, method, trainer):
 def test_one_eta_a_round(loop):
     flags = planned(loop, "inpo.py", ROUNDS="3", ETA="0.002,0.1")
     assert [words["--eta"] for words in flags] == ["0.002"] * 2 + ["0.1"] * 4
+
+
+def test_the_documents_recipe_of_the_second_version_is_planned(loop, tmp_path):
+    """With local models in the place of Llama-3 and of RM1 and RM2, which the documents do not name."""
+    text = (ROOT / "docs/recipes.md").read_text()
+    (command,) = re.findall(r"bash comal.sh (NAME=v2 .*?)\n```", text.replace("\\\n", " "), re.DOTALL)
+    for name in ("policy", "RM1", "RM2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(2**20))
+    command = command.replace("meta-llama/Meta-Llama-3-8B-Instruct", str(tmp_path / "policy"))
+    command = command.replace("RM1,RM2", f"{tmp_path}/RM1,{tmp_path}/RM2").split()
+    plan, code = loop.run("--plan", *command, RECIPE="full", GPUS="none", SPLITS="6")
+    assert code == 0 and "COMAL, 18 iterations into exps/v2; eta 0.002,0.1, the reference moves every 6" in plan, plan
+    assert plan.count(f"--judge {tmp_path}/RM1,{tmp_path}/RM2 --judge_type reward ") == 20
+    assert re.findall(r"inpo.py .*--eta (\S+)", plan) == ["0.002"] * 6 + ["0.1"] * 12
+    start = str(tmp_path / "policy")
+    references = re.findall(r"--reference (\S+) --tokenizer '' --input exps/v2/iter\d+/train.pairs", plan)
+    assert references == [start] * 6 + ["exps/v2/iter5/ckpt"] * 6 + ["exps/v2/iter11/ckpt"] * 6
+    assert "checkpoints 18 x 1.0 MiB" in plan and not (ROOT / "exps/v2").exists()
 
 
 def test_full_recipe_has_the_methods_own_eta(loop):

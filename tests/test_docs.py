@@ -322,7 +322,7 @@ def test_example_setting_is_explained(copy):
     copy.insert("launch/settings.sh", text("launch/settings.sh"), example("launch/settings.sh"))
     shown = copy.comal("--help")
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r"WEIGHT_DECAY=0\.0 +of AdamW", shown.stdout)
+    assert re.search(r"START_TOLERANCE=0 +nats by", shown.stdout)
 
 
 # P(i beats j). The scores are 0.6, 0.5 and 0.4; the clearest verdict is that 1 beats 2.

@@ -24,8 +24,8 @@ from workers.journal import Skipped
 class EchoSampler(RecordWork):
     """Answers with the settings it was given; skips the prompt `skip`."""
 
-    def __init__(self, config, num_samples, temperature):
-        self.config, self.num_samples, self.temperature = config, num_samples, temperature
+    def __init__(self, config, num_samples, temperature, top_p):
+        self.config, self.num_samples, self.temperature, self.top_p = config, num_samples, temperature, top_p
 
     def __call__(self, task):
         job, record = task
@@ -34,7 +34,8 @@ class EchoSampler(RecordWork):
         return {"prompt_id": record["prompt_id"], "prompt": record["prompt"], "samples": self.samples(job)}
 
     def samples(self, job):
-        return [{"text": f"{self.config.model} at {self.temperature[job]}"}] * self.num_samples[job]
+        text = f"{self.config.model} at {self.temperature[job]} and {self.top_p[job]}"
+        return [{"text": text}] * self.num_samples[job]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,7 @@ def test_main_samples_each_file_with_its_own_settings(some_model, jsonl, tmp_pat
         ",".join(map(str, outputs)),
         num_samples="3,1",
         temperature="0.8,0",
+        top_p="0.95,1",
         model=some_model,
         gpus="none",
         chunk_size=2,
@@ -80,7 +82,7 @@ def test_main_samples_each_file_with_its_own_settings(some_model, jsonl, tmp_pat
     assert [record["prompt_id"] for record in first] == ["2d711642b726b044", "c"]  # the first is made from the text
     assert [record["prompt"] for record in first] == ["x", "z\u2028"]
     texts = [[sample["text"] for sample in record["samples"]] for record in first + second]
-    assert texts == [[f"{some_model} at 0.8"] * 3] * 2 + [[f"{some_model} at 0.0"]]
+    assert texts == [[f"{some_model} at 0.8 and 0.95"] * 3] * 2 + [[f"{some_model} at 0.0 and 1.0"]]
     assert [record["prompt_id"] for record in read(tmp_path / "train.samples.skipped.jsonl", Record)] == ["b"]
 
 
@@ -88,6 +90,8 @@ def test_main_checks_its_flags_before_a_worker_starts(jsonl, tmp_path):
     prompts = jsonl("train.jsonl", {"prompt": "x"})
     with pytest.raises(StageError, match="--temperature"):
         sampling.main(str(prompts), str(tmp_path / "a"), temperature="hot", model="M", gpus="none")
+    with pytest.raises(StageError, match="--top_p has 2 values for 1 input files"):
+        sampling.main(str(prompts), str(tmp_path / "a"), top_p="1,1", model="M", gpus="none")
     with pytest.raises(StageError, match="--gpus names 99"):
         sampling.main(str(prompts), str(tmp_path / "a"), model="M", gpus="99")
     assert not (tmp_path / "a").exists()

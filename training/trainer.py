@@ -41,7 +41,7 @@ class TrainingConfig:
         micro_batch_tokens: positions of a forward pass on one process, padding included; the rest is accumulated. At 0
             each example goes alone, as longer ones always do: no padding, and values that do not depend on neighbours
         max_length: prompt and response tokens; longer data is an error
-        weight_decay: AdamW's
+        weight_decay: AdamW's; torch's default, as in the released scripts
         max_grad_norm: clip the gradient's norm to this; 0 does not clip
         gradient_checkpointing: recompute activations, for less memory and a third more time
         shuffle: a new order every epoch; without it, the file's
@@ -69,7 +69,7 @@ class TrainingConfig:
     global_batch_size: int = 32
     micro_batch_tokens: int = 0
     max_length: int = 2048
-    weight_decay: float = 0.0
+    weight_decay: float = 0.01
     max_grad_norm: float = 0.0
     gradient_checkpointing: bool = False
     shuffle: bool = True

@@ -26,6 +26,7 @@ fit() { # NAME START CHATS BATCH EPOCHS RATE [flags]: one run of mle.py, on one 
     --num_epochs "$epochs" \
     --learning_rate "$rate" \
     --warmup_ratio 0.05 \
+    --weight_decay 0 \
     --max_grad_norm 1 \
     "${@:7}" >"$dir/$name.log" 2>&1 || { echo "fitting the demo's $name failed; see $dir/$name.log" >&2; tail -5 "$dir/$name.log" >&2; return 1; }
 }

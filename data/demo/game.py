@@ -203,7 +203,7 @@ def write(
 # ---------------------------------------------------------------------------------------------- what came of it
 
 
-def answer_probabilities(checkpoint, prompts):
+def answer_probabilities(checkpoint, prompts, tokenizer=""):
     """Exact probability of each of the three answers, end token included: one list of three a prompt."""
     import torch
 
@@ -212,20 +212,20 @@ def answer_probabilities(checkpoint, prompts):
     from training.models import load_model
 
     directory = resolve_model(checkpoint)
-    tokenizer, model = load_tokenizer(directory), load_model(directory).eval()
+    tokenizer, model = load_tokenizer(directory, tokenizer), load_model(directory).eval()
     answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
     rows = [(encode_prompt(tokenizer, prompt), answers) for prompt in prompts]
     with torch.no_grad():
         return response_logps(model, rows).exp().reshape(len(ANSWERS), -1).T.tolist()
 
 
-def describe(checkpoint):
+def describe(checkpoint, tokenizer=""):
     """Mean answer distribution over all phrasings, mass on other responses, and the gap of the policy.
 
     The gap is that of the whole policy: per phrasing, against the best reply to it, then averaged; answers are
     normalised to the three.
     """
-    rows = answer_probabilities(checkpoint, [prompt for group in phrasings() for prompt in group])
+    rows = answer_probabilities(checkpoint, [prompt for group in phrasings() for prompt in group], tokenizer)
     masses = [sum(row) for row in rows]
     normalised = [[p / mass for p in row] for row, mass in zip(rows, masses)]
     mean = [sum(column) / len(rows) for column in zip(*normalised)]
@@ -237,37 +237,38 @@ def describe(checkpoint):
     }
 
 
-def measure(start, checkpoints, target):
+def measure(start, checkpoints, target, tokenizer=""):
     """One record for each policy: `describe` and its mean win probability against the initial and the previous one.
 
     A checkpoint that was measured for `target` (game.json) is not measured again; its weights may be gone.
     """
     measured_at = target.stat().st_mtime if target.exists() else 0
     known = {row["iteration"]: row for row in json.loads(target.read_text())} if measured_at else {}
-    rows = [known.get("start") or {"iteration": "start"} | describe(start) | {"win_prob": [None, None]}]
+    rows = [known.get("start") or {"iteration": "start"} | describe(start, tokenizer) | {"win_prob": [None, None]}]
     for checkpoint in checkpoints:
         paths = [checkpoint.parent / "eval" / f"vs_{name}.json" for name in ("start", "previous")]
         wins = [json.loads(path.read_text())["mean_win_prob"] if path.exists() else None for path in paths]
         iteration = int(checkpoint.parent.name[4:])
         row = known.get(iteration) if (checkpoint / "DONE").stat().st_mtime < measured_at else None
         if row or (checkpoint / "model").exists():
-            rows.append((row or {"iteration": iteration} | describe(checkpoint)) | {"win_prob": wins})
+            rows.append((row or {"iteration": iteration} | describe(checkpoint, tokenizer)) | {"win_prob": wins})
     return rows
 
 
-def table(experiment: str, start: str = "exps/demo-models/policy"):
+def table(experiment: str, start: str = "exps/demo-models/policy", tokenizer: str = ""):
     """Print answer distribution, duality gap and win rates by iteration, and write them to <experiment>/game.json.
 
     Args:
         experiment: directory of the run
         start: checkpoint of the initial policy
+        tokenizer: directory or Hub id; default: the checkpoints'
     """
     log.setLevel("WARNING")  # nothing but the table is printed
     experiment, target = Path(experiment), Path(experiment) / "game.json"
     checkpoints = sorted((p.parent for p in experiment.glob("iter*/ckpt/DONE")), key=lambda p: int(p.parent.name[4:]))
     sources = [c / "DONE" for c in checkpoints] + list(experiment.glob("iter*/eval/vs_*.json"))
     if not target.exists() or any(source.stat().st_mtime > target.stat().st_mtime for source in sources):
-        write_text(target, json.dumps(measure(start, checkpoints, target), indent=1) + "\n")
+        write_text(target, json.dumps(measure(start, checkpoints, target, tokenizer), indent=1) + "\n")
     rows = json.loads(target.read_text())
     print(f"\n{'':10} {'exact, given one of the three answers':^38}           {'P(win) against':^18}")
     print(

@@ -1,0 +1,84 @@
+"""Fetch and check the models and the prompts of a run, and say where each is and how much disk it takes.
+
+    python -m launch.prepare --models POLICY,REFERENCE --tokenizer TOKENIZER --prompts a.jsonl,b.jsonl --judge JUDGE
+
+`bash comal.sh --prepare` runs it with the settings of the run. What the Hub provides stays in its cache, where a run
+with HF_HUB_OFFLINE=1 finds it. Prints a line for each model, tokenizer, judge and prompt file. Exit code 0 means that
+all of them are here and whole.
+"""
+
+from pathlib import Path
+
+from data_utils import load_tokenizer, resolve_tokenizer, weight_files
+from judges.base import JudgeConfig
+from records import Prompt, read
+from utils import run, split_list
+from vllm_model import usable_model
+
+
+def amount(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+class Listing:
+    """Prints a line for each thing that is here, and counts the bytes of every file once."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[Path, int] = {}
+
+    def add(self, what: str, name: str, place: str | Path, files: list[Path], note: str = "") -> None:
+        found = {file.resolve(): file.stat().st_size for file in files}
+        self.sizes |= found
+        where = "" if str(place) == name else f" in {place}"
+        print(f"{what:10} {name}{where}: {note}{amount(sum(found.values()))}", flush=True)
+
+
+def files_of(directory: str | Path) -> list[Path]:
+    return [path for path in Path(directory).rglob("*") if path.is_file()]
+
+
+def tokenizer_files(directory: str | Path) -> list[Path]:
+    """The files of a directory that are not weights."""
+    weights = weight_files(directory)
+    return [path for path in Path(directory).iterdir() if path.is_file() and path not in weights]
+
+
+def add_judge(listing: Listing, judge: JudgeConfig) -> None:
+    """Fetch and check one judge. Raises StageError."""
+    if not judge.kind.needs_engine:
+        print(f"{'judge':10} {judge.judge}: runs elsewhere, nothing to fetch", flush=True)
+        return
+    load_tokenizer(judge.judge_path, judge.tokenizer_path)
+    listing.add("judge", judge.judge, judge.judge_path, files_of(judge.judge_path))
+    if judge.tokenizer_path:
+        listing.add("tokenizer", judge.judge_tokenizer, judge.tokenizer_path, tokenizer_files(judge.tokenizer_path))
+
+
+def main(models: str, prompts: str, tokenizer: str = "", **judge: JudgeConfig):
+    """Fetch and check everything that a run needs.
+
+    Args:
+        models: checkpoint directories or Hub ids, comma-separated, the policy first
+        prompts: prompt files, comma-separated
+        tokenizer: directory or Hub id of the policy's tokenizer; default: the policy's own
+    """
+    config, listing = JudgeConfig(**judge), Listing()  # wrong flags are refused before gigabytes are fetched
+    policy, *others = dict.fromkeys(split_list(models))
+    for name in (policy, *others):
+        directory = usable_model(name)
+        listing.add("model", name, directory, files_of(directory))
+    load_tokenizer(policy, tokenizer)
+    if tokenizer:
+        directory = resolve_tokenizer(policy, tokenizer)
+        listing.add("tokenizer", tokenizer, directory, tokenizer_files(directory))
+    for member in config.members():
+        add_judge(listing, member)
+    for name in dict.fromkeys(split_list(prompts)):
+        count = sum(1 for _ in read(name, Prompt))
+        listing.add("prompts", name, name, [Path(name)], f"{count:,} prompts, ")
+    print(f"{'together':10} {amount(sum(listing.sizes.values()))}")
+
+
+if __name__ == "__main__":
+    run(main)
