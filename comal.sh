@@ -2,7 +2,7 @@
 # COMAL: align a language model with general preferences, down to the Nash policy.
 #
 #   bash comal.sh                            run: with a GPU the Qwen2-1.5B recipe, without one the small demo
-#   bash comal.sh METHOD=inpo-small ETA=0.1  with other settings; they can also be in the environment
+#   bash comal.sh METHOD=inpo-small SEED=1  with other settings; they can also be in the environment
 #   bash comal.sh --plan                     print the commands that would run, and what they will cost
 #   bash comal.sh --prepare                  fetch and check all that the run needs; after it no network is needed
 #   bash comal.sh --help                     explain every setting, also the rarer ones of launch/settings.sh
@@ -18,7 +18,7 @@ METHOD=${METHOD:-comal}  # comal, inpo-small, inpo-large, iter-ipo, iter-dpo, ip
 NAME=${NAME:-$METHOD}  # results go to exps/NAME
 ROUNDS=${ROUNDS:-7}  # passes over the prompts; a round is SPLITS iterations
 SPLITS=${SPLITS:-6}  # parts of the prompts, one for each iteration of a round: train_0 .. train_5 in PROMPTS_DIR
-SEED=${SEED:-0}  # of sampling, of the pairs and of the order of the data
+SEED=${SEED:-0}  # the same seed gives the same samples, pairs and order of the data
 
 # Models (local directories or Hub ids) and prompts
 MODEL=${MODEL:-yale-nlp/comal-qwen2-1.5b-mle}  # the initial policy
@@ -31,21 +31,21 @@ EVAL_PROMPTS=${EVAL_PROMPTS:-data/prompts/alpaca_eval.jsonl}  # file of prompts 
 ETA=${ETA:-}  # the margin's target is 1/(2 ETA); one value, or one a round, by comma; empty: the method's (table below)
 TAU_ETA_RATIO=${TAU_ETA_RATIO:-0.333333}  # weight of the reference, tau/eta
 UPDATE_INTERVAL=${UPDATE_INTERVAL:-12}  # iterations between moves of COMAL's reference; 0: it never moves
-BETA=${BETA:-0.1}  # of DPO
+BETA=${BETA:-0.1}  # regularisation of DPO, which does not use ETA
 PAIR_RULE=${PAIR_RULE:-top_two}  # two of the samples: top_two (released recipe), best_worst or random (unbiased)
 SOFT_LABELS=${SOFT_LABELS:-false}  # true: learn the judge's probability of each pair, not its verdict
 
 # Sampling and training
 NUM_SAMPLES=${NUM_SAMPLES:-5}  # responses to each prompt
-TEMPERATURE=${TEMPERATURE:-0.8}  # of these samples
+TEMPERATURE=${TEMPERATURE:-0.8}  # sampling temperature
 TOP_P=${TOP_P:-0.95}  # nucleus sampling; 1: off
-MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}  # of a response
-LEARNING_RATE=${LEARNING_RATE:-5e-7}  # its peak, after the warm-up
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}  # a response ends here at the latest
+LEARNING_RATE=${LEARNING_RATE:-5e-7}  # peak of the learning rate, after the warm-up
 NUM_EPOCHS=${NUM_EPOCHS:-3}  # passes over the pairs of an iteration
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-32}  # pairs an update, whatever the number of GPUs
 MAX_LENGTH=${MAX_LENGTH:-2048}  # tokens of prompt and response; longer pairs are dropped and counted
 SELECT=${SELECT:-best}  # checkpoint: best (the lowest validation loss) or last
-EVAL_EVERY=${EVAL_EVERY:-1}  # iterations; the policies since the last time are compared while the judge is there anyway
+EVAL_EVERY=${EVAL_EVERY:-1}  # iterations between comparisons of all new policies, when the judge is loaded anyway
 
 # The methods: the reference moves to the newest policy after so many iterations, or stays the initial policy (0).
 # A method that takes one iteration trains on all prompts at once.
@@ -61,7 +61,7 @@ METHODS="
 
 # ------------------------------------------------------------------------------------------------ the stages
 
-sample() {  # the policy answers train and test prompts, and the evaluation prompts once: they tell how good it is
+sample() {  # the policy answers train and test prompts; and each evaluation prompt once, for the win rates
   local answers
   answers=$(responses $((i - 1)))
   local inputs=$PROMPTS_DIR/$(split).jsonl,$PROMPTS_DIR/test.jsonl
@@ -128,7 +128,7 @@ logprobs() {  # log-probabilities of the pairs under the policy and the referenc
     --micro_batch_tokens "$MICRO_BATCH_TOKENS"
 }
 
-start_logprobs() {  # those of the initial policy, for the KL from it: at a round's end, where it is not the reference
+start_logprobs() {  # the same under the initial policy, at a round's end, to measure the KL from it
   [[ $reference != "$MODEL" && $KL_FROM_START == true ]] && (((i + 1) % SPLITS == 0)) || return 0
   stage start_logprobs "$iter/eval/start_logps.jsonl" -- \
     "${launch[@]}" get_logprobs.py \

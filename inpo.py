@@ -5,7 +5,8 @@
 
     h = [log pi(w) - r log pi_ref(w) - (1 - r) log pi_last(w)] - [the same for l],   loss = (h - 1/(2 eta))^2
 
-COMAL moves the reference every UPDATE_INTERVAL iterations, INPO never does; both are the same loss on different `ref_*` columns.
+COMAL moves the reference every UPDATE_INTERVAL iterations, INPO never does; both are the same loss on different
+`ref_*` columns.
 
 Assumes: --model is the last policy, the one that the responses were sampled from and that `last_*` belongs to; training
 stops where its log-probabilities are not the stored ones. get_logprobs.py was launched as this is, in the same

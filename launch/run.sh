@@ -128,9 +128,13 @@ describe() {
   else
     say "comal.sh: the full recipe with $MODEL (GPUS=$GPUS), because $reason; RECIPE=demo runs the small demo"
   fi
-  local moves="the reference moves every $UPDATE_INTERVAL iterations"
+  local moves="the reference moves every $UPDATE_INTERVAL iterations" target="eta $ETA"
+  local plural=s
+  ((ITERATIONS > 1)) || plural=
+  ((UPDATE_INTERVAL != 1)) || moves="the reference moves after every iteration"
   ((UPDATE_INTERVAL)) || moves="the reference stays"
-  say "comal.sh: $METHOD_TITLE, $ITERATIONS iterations into $exp; eta $ETA, $moves"
+  [[ $ETA != - ]] || target="beta $BETA"
+  say "comal.sh: $METHOD_TITLE, $ITERATIONS iteration$plural into $exp; $target, $moves"
   say "comal.sh: settings other than the recipe's: $changed"
 }
 

@@ -94,10 +94,12 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
         if not equals or name not in known:
             near = difflib.get_close_matches(name.upper().lstrip("-"), [*known, "PLAN", "PREPARE", "HELP"], 1, 0.6)
             near = [f"--{near[0].lower()}" if near[0] not in known else near[0]] if near else near
-            what = f"{near[0]}{'' if near[0].startswith('--') else '=...'}" if near else "see --help"
+            if name in ("PYTHON", "PYTHON_BASE", "SETUP_FOR"):
+                raise Refused(f"{name} is for set-up, and comes before the command: {argument} bash comal.sh")
+            what = f" Did you mean {near[0]}{'' if near[0].startswith('--') else '=...'}?" if near else ""
             raise Refused(
-                f"unknown argument {argument}; {f'did you mean {what}?' if near else what} "
-                "Arguments are --plan, --prepare, --help and settings: NAME=value"
+                f"unknown argument {argument}.{what} Arguments are --plan, --prepare, --help, and settings as "
+                "NAME=value; --help explains them"
             )
     for name in sorted(environment.keys() - known.keys()):
         if name in RENAMED:
@@ -179,7 +181,7 @@ def check_values(values: dict[str, str], given: Collection[str] = ()) -> None:
             raise Refused(f"{name}={values[name]} should be at most 1")
     eta = values["ETA"]
     if eta and not re.fullmatch(f"{NUMBER}(,{NUMBER})*", eta):
-        raise Refused(f"ETA={eta} should be a number, or one a round, comma-separated")
+        raise Refused(f"ETA={eta} should be a number greater than 0, or one a round, comma-separated")
     if eta and "dpo" not in values["METHOD"] and not all(float(value) > 0 for value in eta.split(",")):
         raise Refused(f"ETA={eta} should be greater than 0")
     name = values["NAME"]
@@ -245,11 +247,14 @@ def resolve(values: dict[str, str]) -> dict[str, str]:
 def changes(values: dict[str, str], given: list[str]) -> list[str]:
     """["NAME=value (default)"] of the settings that differ from the recipe's, and what the method does not use."""
     usual, resolved = defaults(values), resolve(values)
+    names = settings() if values["RECIPE"] == "demo" else read(*FULL)
     found = [
         f"{name}={values[name]} ({usual[name] or 'empty'})"
-        for name in settings()
+        for name in names
         if values[name] != usual[name] and name != "RECIPE"
     ]
+    if "ETA" in given and resolved["ETA"] == "-":
+        found.append(f"ETA is not used by METHOD={values['METHOD']}, BETA is")
     if "UPDATE_INTERVAL" in given and values["UPDATE_INTERVAL"] != resolved["UPDATE_INTERVAL"]:
         found.append(f"UPDATE_INTERVAL is not used by METHOD={values['METHOD']}")
     return found
@@ -265,15 +270,16 @@ def print_help() -> None:
     text = (ROOT / "comal.sh").read_text(encoding="utf-8")
     header = text.split("\n\n")[0].splitlines()[1:]
     print("\n".join(line.lstrip("#").removeprefix(" ") for line in header if line.startswith("#")))
-    demo, group = read(DEMO), ""
+    known = {name: settings()[name].default for name in ("METHOD", "DEMO_MODELS")}
+    full, demo, group = defaults({**known, "RECIPE": "full"}), defaults({**known, "RECIPE": "demo"}), ""
     for setting in settings().values():
         if setting.group != group:
             group = setting.group
             print(f"\n{group}")
-        default = f"{setting.name}={setting.default}"
-        other = demo.get(setting.name)
-        note = f"  [demo: {other.default or 'empty'}]" if other and other.default != setting.default else ""
-        print(f"  {default:46} {setting.text}{note}")
+        value = "" if setting.name == "RECIPE" else full.get(setting.name, demo[setting.name])
+        differs = setting.name != "RECIPE" and demo[setting.name] != value
+        note = f"  [demo: {demo[setting.name] or 'empty'}]" if differs else ""
+        print(f"  {setting.name + '=' + value:46} {setting.text}{note}")
     print("\nMethods (METHOD)")
     table = text.partition('METHODS="')[2].partition('"')[0].replace("$UPDATE_INTERVAL", "UPDATE_INTERVAL")
     moves = {"0": "never moves", "1": "moves after every iteration"}

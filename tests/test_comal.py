@@ -393,10 +393,10 @@ def test_arguments_come_before_the_environment(loop):
 @pytest.mark.parametrize(
     "arguments, environment, message",
     [
-        (["LEARNING_RTE=1"], {}, "unknown argument LEARNING_RTE=1; did you mean LEARNING_RATE=...?"),
-        (["eta=1"], {}, "unknown argument eta=1; did you mean ETA=...?"),
-        (["--pln"], {}, "unknown argument --pln; did you mean --plan?"),
-        (["--prepair"], {}, "unknown argument --prepair; did you mean --prepare?"),
+        (["LEARNING_RTE=1"], {}, "unknown argument LEARNING_RTE=1. Did you mean LEARNING_RATE=...?"),
+        (["eta=1"], {}, "unknown argument eta=1. Did you mean ETA=...?"),
+        (["--pln"], {}, "unknown argument --pln. Did you mean --plan?"),
+        (["--prepair"], {}, "unknown argument --prepair. Did you mean --prepare?"),
         (["PATH=/"], {}, "unknown argument PATH=/"),
         (["GPUS_PER_WORKER=2"], {}, "GPUS_PER_WORKER is now called TENSOR_PARALLEL_SIZE"),
         (
@@ -449,7 +449,7 @@ def test_the_disk_is_checked(loop):
         ("EVAL_TOP_P=1.1", "EVAL_TOP_P=1.1 should be at most 1"),
         ("STALL_TIMEOUT=-1", "STALL_TIMEOUT=-1 should be a whole number, at least 0"),
         ("ETA=0", "ETA=0 should be greater than 0"),
-        ("ETA=-1", "ETA=-1 should be a number, or one a round, comma-separated"),
+        ("ETA=-1", "ETA=-1 should be a number greater than 0"),
         ("BETA=b", "BETA=b should be a number, 0 or more"),
         ("BETA=0.0", "BETA=0.0 should be greater than 0"),
         ("LEARNING_RATE=0e-5", "LEARNING_RATE=0e-5 should be greater than 0"),

@@ -259,7 +259,7 @@ def test_scoring_refuses_a_model_that_is_no_judge(models, tmp_path):
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        (["--modle", "x"], 2, "unknown flag --modle; did you mean --model?"),
+        (["--modle", "x"], 2, "unknown argument --modle; did you mean --model?"),
         (["--model", "no/such/model"], 1, "model no/such/model: no such directory"),
         (["--input", "missing.jsonl"], 1, "input file missing.jsonl does not exist"),
         (["--input", "EMPTY"], 1, "is empty"),
