@@ -198,9 +198,9 @@ def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeyp
     ]
     again = dict(judge=some_model, template=str(tmp_path / "t.txt"), gpus="none")
     with caplog.at_level("INFO"):
-        eval.matrix(",".join(files[:2]), str(tmp_path / "m/two.json"), **again)
+        eval.matrix(str(tmp_path / "m/two.json"), ",".join(files[:2]), **again)
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "m/cells").iterdir()}
-        eval.matrix(",".join(files), str(tmp_path / "m/three.json"), **again)
+        eval.matrix(str(tmp_path / "m/three.json"), ",".join(files), **again)
     assert "1 comparisons, 0 of them judged before" in caplog.text
     assert "3 comparisons, 1 of them judged before" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2
@@ -211,7 +211,7 @@ def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeyp
     assert "long wins at least half against every other. Its worst: 75.0 %" in capsys.readouterr().out
     assert (tmp_path / "m/three.svg").read_text().startswith("<?xml")
     jsonl("long.jsonl", response("p", "p", "x"), response("q", "q", "y"))  # other responses: judged anew
-    eval.matrix(",".join(files), str(tmp_path / "m/three.json"), **again)
+    eval.matrix(str(tmp_path / "m/three.json"), ",".join(files), **again)
     assert json.loads((tmp_path / "m/three.json").read_text())["win"][2] == [0.5, 0.25, None]
 
 
