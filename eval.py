@@ -254,7 +254,8 @@ def model_responses(models: list, source: str, output: Path, temperature: float,
         temperature: of sampling
         sampler: the other fields of SamplerConfig; its tokenizer is for models that have none
 
-    Raises StageError, before anything is generated, for a model that is not there and for two that are the same.
+    Raises StageError, before anything is generated, for a model that is not there or has no tokenizer, and
+    for two that are the same.
     """
     check_at_least(0, temperature=temperature)
     check_input(source)
@@ -264,6 +265,8 @@ def model_responses(models: list, source: str, output: Path, temperature: float,
         config = SamplerConfig(model=model, **sampler)
         if has_tokenizer(config.model_path):
             config.tokenizer = ""
+        elif not config.tokenizer:
+            raise StageError(f"there is no tokenizer beside {model}; name the one it was trained with (--tokenizer)")
         key = fingerprint([prompts, responses_settings(config, temperature)])
         path = output.parent / "responses" / f"{key}.jsonl"
         if path in found:
