@@ -6,6 +6,7 @@ A comparison file (records.Comparison) has one line for each prompt.
 Beside it stands a file of the same name that ends in .json, the summary: see `summarise`.
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -14,16 +15,29 @@ from pathlib import Path
 import numpy as np
 
 from analysis.bootstrap import interval, resampled_means
+from analysis.length_control import length_controlled_win_rate, read_difficulty
+from analysis.outside import align, read_outputs
 from records import Comparison, Responses, read
 from utils import StageError, log, write_text
+
+
+def holds_outputs(path: Path) -> bool:
+    """Whether a file is a JSON list, as model outputs are, and not JSONL, whose lines are objects."""
+    with open(path, "rb") as file:
+        return file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def join_responses(responses_path: Path, baseline_path: Path) -> Iterator[dict]:
     """Yield {prompt_id, prompt, samples: [response, baseline's]} for two files of responses to the same prompts.
 
-    Raises StageError when one of them answers a prompt that the other does not.
+    The baseline may also be a JSON list of model outputs (analysis/outside.py), also to more prompts than ours.
+    Raises StageError when one of two files of responses answers a prompt that the other does not.
     """
-    baseline = {record["prompt_id"]: record for record in read(baseline_path, Responses)}
+    if holds_outputs(baseline_path):
+        records = align(read(responses_path, Responses), read_outputs(baseline_path), baseline_path)
+    else:
+        records = read(baseline_path, Responses)
+    baseline = {record["prompt_id"]: record for record in records}
     missing = []
     for record in read(responses_path, Responses):
         other = baseline.pop(record["prompt_id"], None)
@@ -57,10 +71,17 @@ def comparison_jobs(files: list) -> list:
     return [(partial(join_responses, ours, theirs), target) for ours, theirs, target in files]
 
 
-def write_summaries(files: list, seed: int = 0):
-    """Write and log the summary of each of (responses, baseline, output) files, beside the output."""
+def write_summaries(files: list, seed: int = 0, length_controlled: bool = False, difficulty: str = ""):
+    """Write and log the summary of each of (responses, baseline, output) files, beside the output.
+
+    With a file of difficulties, with `length_controlled`, and where the baseline is model outputs, it has the
+    length-controlled win rate (analysis/length_control.py), too.
+    """
     for ours, theirs, path in files:
-        summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(list(read(path, Comparison)), seed)
+        comparisons = list(read(path, Comparison))
+        summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(comparisons, seed)
+        if length_controlled or difficulty or holds_outputs(theirs):
+            summary |= length_control(comparisons, difficulty, seed)
         write_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
         log.info(
             "%s against %s: win rate %.1f %% [%.1f, %.1f], mean probability %.3f, %d prompts, %d ties",
@@ -71,6 +92,24 @@ def write_summaries(files: list, seed: int = 0):
             summary["num_prompts"],
             summary["num_ties"],
         )
+        if summary.get("length_controlled_win_rate") is not None:
+            log.info(
+                "  length-controlled win rate %.1f %% [%.1f, %.1f], %s the difficulties of the instructions (%s)",
+                100 * summary["length_controlled_win_rate"],
+                *(100 * value for value in summary["length_controlled_interval"]),
+                "with" if summary["length_controlled_with_difficulty"] else "without",
+                summary["length_controlled_model"],
+            )
+
+
+def length_control(comparisons: list, difficulty: str, seed: int) -> dict:
+    """The figures of `length_controlled_win_rate` for the records of a comparison file."""
+    gamma, gamed = None, None
+    if difficulty:
+        gamma, gamed = read_difficulty(difficulty, [record["prompt_id"] for record in comparisons])
+    probs = [record["win_probs"][0][1] for record in comparisons]
+    lengths = [[len(record["samples"][side]["text"]) for record in comparisons] for side in (0, 1)]
+    return length_controlled_win_rate(probs, *lengths, gamma, gamed, seed)
 
 
 def wins(win_probs: np.ndarray) -> np.ndarray:

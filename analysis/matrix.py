@@ -1,9 +1,12 @@
 """The empirical game between several sets of responses: win probabilities of all against all, solution, and picture.
 
-`eval.py matrix` judges the cells, writes what `play` finds, and the heat map beside it.
+`eval.py matrix` judges the cells, writes what `play` finds, and the heat map beside it. Which checkpoint should I use?
+
+    python -m analysis.matrix matrix.json
 """
 
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -15,29 +18,30 @@ from analysis.bootstrap import interval, resampled_means
 from analysis.comparisons import wins
 from analysis.plots import as_text, plot_style, svg, svg_file
 from records import Comparison, read
-from utils import StageError, fingerprint
+from utils import StageError, fingerprint, run
 
 MEASURES = ("mean_win_prob", "win_rate")
 
 
 def short_names(paths: list) -> list:
-    """The parts of paths that tell response files apart: exps/A/iter3/eval/responses.jsonl and
-    exps/A/start/responses.jsonl become iter3 and start."""
-    stems = [re.sub("(/eval)?/responses$", "", str(path.with_suffix(""))).split("/") for path in paths]
+    """The parts of names that tell response files or models apart: exps/A/iter3/eval/responses.jsonl and
+    exps/A/start/responses.jsonl become iter3 and start, exps/A/iter3/ckpt becomes iter3."""
+    stems = [
+        re.sub(r"(((/eval)?/responses)?\.jsonl?|(/ckpt)?(/model)?/?)$", "", str(path)).split("/") for path in paths
+    ]
     common = len(os.path.commonprefix([stem[:-1] for stem in stems]))  # which takes lists, too
     return ["/".join(stem[common:]) for stem in stems]
 
 
 def cell_paths(paths: list, judged_by: list, folder: Path) -> dict:
-    """{(i, j): the comparison file of i's responses against j's}, i before j, for `paths` of responses.
+    """{(i, j): the comparison file of i's responses against j's}, one for each two of `paths` of responses.
 
-    A file is named by the responses in it and by what judged them, so that no comparison is judged twice.
+    A file is named by the responses in it and by what judged them, so that no comparison is judged twice. Which of the
+    two comes first depends on their contents and not on their order in `paths`, so that (i, j) may be (1, 0).
     """
     prints = [fingerprint(path) for path in paths]
-    return {
-        (i, j): folder / f"{fingerprint([prints[i], prints[j], judged_by])}.jsonl"
-        for i, j in itertools.combinations(range(len(paths)), 2)
-    }
+    pairs = itertools.combinations(sorted(range(len(paths)), key=lambda i: prints[i]), 2)
+    return {(i, j): folder / f"{fingerprint([prints[i], prints[j], judged_by])}.jsonl" for i, j in pairs}
 
 
 def win_probs_by_prompt(cells: dict, count: int) -> tuple:
@@ -73,7 +77,8 @@ def play(probs, total: int, measure: str = "mean_win_prob", seed: int = 0, num_b
     Returns:
         num_prompts, num_left_out; win and win_interval (K x K, null on the diagonal); nash_mixture (K);
         worst_case (K): {against, win, interval}; last_duality_gap, which is 2 (max_j P(j beats the last) - 1/2) over
-        the earlier ones, and last_duality_gap_interval: 0 or less where the last wins at least half against each.
+        the earlier ones, and last_duality_gap_interval: 0 or less where the last wins at least half against each;
+        best: see `best_worst_case`.
     """
     values = probs if measure == "mean_win_prob" else wins(probs)  # (K, K, N)
     count, num_prompts = len(values), values.shape[2]
@@ -81,7 +86,8 @@ def play(probs, total: int, measure: str = "mean_win_prob", seed: int = 0, num_b
     drawn = resampled_means(values, "matrix", seed, num_bootstrap)  # (K, K, num_bootstrap)
     low, high = interval(drawn)
     others = np.where(np.eye(count, dtype=bool)[:, :, None], np.inf, drawn)
-    worst_low, worst_high = interval(others.min(axis=1))  # (K,)
+    worst_drawn = others.min(axis=1)  # (K, num_bootstrap)
+    worst_low, worst_high = interval(worst_drawn)  # (K,)
     off_diagonal = lambda entry: [[None if i == j else entry(i, j) for j in range(count)] for i in range(count)]
     worst = nash.worst_case(win)
     return {
@@ -96,6 +102,32 @@ def play(probs, total: int, measure: str = "mean_win_prob", seed: int = 0, num_b
         ],
         "last_duality_gap": 1 - 2 * worst[-1][1],
         "last_duality_gap_interval": [1 - 2 * float(worst_high[-1]), 1 - 2 * float(worst_low[-1])],
+        "best": best_worst_case([value for _, value in worst], worst_drawn),
+    }
+
+
+def best_worst_case(worst: list[float], drawn: np.ndarray) -> dict:
+    """The player with the best worst case, and by how much its worst case is better than those of the others.
+
+    A player is not distinguishable from it when 0 lies in the interval of the difference of their two worst cases,
+    which are computed from the same drawn prompts.
+
+    Args:
+        worst: (K,), what each player wins against its strongest opponent
+        drawn: (K, num_bootstrap), the same for each sample of the prompts
+
+    Returns:
+        player: its number, the first one's of equals; lead and lead_interval (K, null for the player itself);
+        not_distinguishable: numbers of other players
+    """
+    best = int(np.argmax(worst))
+    low, high = interval(drawn[best] - drawn)  # (K,)
+    others = [i for i in range(len(worst)) if i != best]
+    return {
+        "player": best,
+        "lead": [None if i == best else worst[best] - value for i, value in enumerate(worst)],
+        "lead_interval": [None if i == best else [float(low[i]), float(high[i])] for i in range(len(worst))],
+        "not_distinguishable": [i for i in others if low[i] <= 0],
     }
 
 
@@ -129,6 +161,26 @@ def print_matrix(result: dict):
         f"\n{names[-1]} {verdict}. Its worst: {100 * last['win']:.1f} % against {names[last['against']]} "
         f"(95 % interval of the worst over all: {100 * low:.1f} to {100 * high:.1f})"
     )
+
+
+def print_best(result: dict):
+    """Print which player has the best worst case, and which others are not distinguishable from it."""
+    names, best = result["names"], result["best"]
+    worst = result["worst_case"][best["player"]]
+    low, high = worst["interval"]
+    print(
+        f"\nBest worst case: {names[best['player']]} with {100 * worst['win']:.1f} % against {names[worst['against']]} "
+        f"(95 % interval of the worst over all: {100 * low:.1f} to {100 * high:.1f})."
+    )
+    clear = [i for i in range(len(names)) if i not in (best["player"], *best["not_distinguishable"])]
+    for title, players in (("Not distinguishable from it", best["not_distinguishable"]), ("Clearly below it", clear)):
+        print(f"{title}: {'none' if not players else ''}".strip())
+        for i in sorted(players, key=lambda i: best["lead"][i]):
+            low, high = best["lead_interval"][i]
+            print(
+                f"    {names[i]}: {100 * result['worst_case'][i]['win']:.1f} %, lower by {100 * best['lead'][i]:.1f} "
+                f"(95 % interval: {100 * low:.1f} to {100 * high:.1f})"
+            )
 
 
 def picture_size(names: list) -> float:
@@ -167,3 +219,27 @@ def draw_matrix(result: dict, whole_file: bool = False) -> str:
             axes.set_title(f"{kind}, %: row against column\n{result['num_prompts']} prompts, both orders", fontsize=9.5)
             return svg_file(figure)
         return svg(figure, "All against all")
+
+
+def main(matrix: list):
+    """Which checkpoint should I use? The one with the best worst case, and those that are not distinguishable from it.
+
+    Args:
+        matrix: what eval.py matrix wrote
+    """
+    if len(matrix) != 1:
+        raise StageError(f"name one file that eval.py matrix wrote, got {len(matrix)}")
+    try:
+        result = json.loads(Path(matrix[0]).read_bytes())
+        complete = isinstance(result, dict) and {"names", "worst_case"} <= set(result)
+    except ValueError:
+        complete = False
+    if not complete:
+        raise StageError(f"{matrix[0]} is not a result of eval.py matrix")
+    if "best" not in result:
+        raise StageError(f"{matrix[0]} does not have the answer; run eval.py matrix again, which keeps the judgements")
+    print_best(result)
+
+
+if __name__ == "__main__":
+    run(main)

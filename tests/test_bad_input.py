@@ -120,9 +120,9 @@ ROWS = [
     row("make_pairs", "diagonal", "in.jsonl | line 1 | prompt_id a | win_probs[0][0] | null | 0.5",
         SCORES | {"win_probs": [[0.5, 0.75], [0.25, 0.5]]}),
     row("make_pairs", "truncated", "in.jsonl | line 2 | not valid JSON | cut off", SCORES, b'{"prom'),
-    row("make_pairs", "no-pair", "in.jsonl | no usable pair | 2 records | 'identical responses': 2",
+    row("make_pairs", "no-pair", "in.jsonl | no usable pair | 2 records | 'without a pair': 2",
         *(record | {"samples": [sample("sea")] * 2} for record in (SCORES, but(SCORES)))),
-    row("make_pairs", "too-long", "in.jsonl | no usable pair | 'longer than 3 tokens': 1", max_length=3),
+    row("make_pairs", "too-long", "in.jsonl | no usable pair | 'without a pair': 1", max_length=3),
     # ---- pairs
     row("get_logprobs", "scores", "in.jsonl | line 1 | prompt_id a | prompt | list | 'where?'",
         SCORES | {"chosen": [], "rejected": []}),

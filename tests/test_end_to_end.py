@@ -215,7 +215,8 @@ def test_sampling_does_not_depend_on_workers_or_chunks(models, tmp_path):
 def test_scoring_reads_the_judge_exactly(finished, models):
     """The engine's label probabilities equal those of a plain forward pass, in both orders."""
     from data_utils import encode_prompt, encode_text, load_tokenizer, resolve_model
-    from judges.base import fill_template, read_template, split_labels
+    from judges.base import fill_template, read_template
+    from judges.generative import split_labels
     from training.models import load_model
 
     exp, _ = finished

@@ -11,6 +11,7 @@ import pytest
 
 import eval
 from analysis.comparisons import join_responses, summarise, wins
+from analysis.length_control import length_controlled_win_rate, read_difficulty
 from analysis.matrix import play, short_names
 from judges import base as judges
 from records import Record, read
@@ -129,10 +130,12 @@ def test_join_responses_refuses(jsonl, records, message):
         list(join_responses(jsonl("ours", response("a", "x")), jsonl("theirs", *records)))
 
 
-def compare(some_model, tmp_path, monkeypatch, ours, theirs, output):
+def compare(some_model, tmp_path, monkeypatch, ours, theirs, output, **flags):
     monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
-    eval.compare(str(ours), str(theirs), str(output), judge=some_model, template=str(tmp_path / "t.txt"), gpus="none")
+    eval.compare(
+        str(ours), str(theirs), str(output), judge=some_model, template=str(tmp_path / "t.txt"), gpus="none", **flags
+    )
 
 
 def test_compare_writes_comparisons_and_their_summary(some_model, jsonl, tmp_path, monkeypatch):
@@ -151,6 +154,54 @@ def test_compare_refuses_an_output_that_its_summary_would_replace(some_model, js
     ours, theirs = jsonl("ours.jsonl", response("a", "x")), jsonl("theirs.jsonl", response("a", "yy"))
     with pytest.raises(StageError, match="vs.json"):
         compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.json")
+
+
+def alpaca_eval_files(jsonl, tmp_path):
+    """Responses to eight of AlpacaEval's instructions, the reference outputs to nine in another order, difficulties."""
+    ours = jsonl("ours.jsonl", *(response(f"alpaca_eval-{n}", "x" * (n + 1), f"Instruction {n}") for n in range(8)))
+    outputs = [{"instruction": f"Instruction {n}", "output": "y" * 4, "generator": "gpt4"} for n in range(8, -1, -1)]
+    (tmp_path / "outputs.json").write_text(json.dumps(outputs))
+    rows = [f"{n},{gamma}" for n, gamma in enumerate([0.5, -1.2, 0.3, 1.4, -0.2, 0.8, -0.7, 0.1])]
+    (tmp_path / "difficulty.csv").write_text("\n".join(["index,instruction_difficulty", *rows]))
+    return ours, tmp_path / "outputs.json", str(tmp_path / "difficulty.csv")
+
+
+@pytest.mark.parametrize("with_difficulty", [False, True])
+def test_compare_with_model_outputs(some_model, jsonl, tmp_path, monkeypatch, caplog, with_difficulty):
+    caplog.set_level("INFO")
+    ours, theirs, difficulty = alpaca_eval_files(jsonl, tmp_path)
+    flags = {"difficulty": difficulty} if with_difficulty else {}
+    compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.jsonl", **flags)
+    found = list(read(tmp_path / "vs.jsonl", Record))
+    assert [(record["prompt_id"], record["samples"][1]["text"]) for record in found] == [
+        (f"alpaca_eval-{n}", "yyyy") for n in range(8)
+    ]
+    summary = json.loads((tmp_path / "vs.json").read_text())
+    assert summary["baseline"] == str(theirs) and summary["num_prompts"] == 8
+    assert summary["win_rate"] == 4.5 / 8 and summary["mean_tokens"][1] is None
+    gamma = read_difficulty(difficulty, [f"alpaca_eval-{n}" for n in range(8)])[0] if with_difficulty else None
+    probs = [0.25] * 3 + [0.5] + [0.75] * 4  # the judge prefers the longer one
+    expected = length_controlled_win_rate(probs, range(1, 9), [4] * 8, gamma)
+    assert [record["win_probs"][0][1] for record in found] == probs
+    assert {name: summary[name] for name in expected} == expected
+    kind = "with the difficulties of the instructions (length_controlled_noreg)"
+    assert (kind if with_difficulty else kind.replace("with", "without", 1).replace("noreg", "minimal")) in caplog.text
+
+
+def test_compare_length_controlled_against_responses_when_asked(some_model, jsonl, tmp_path, monkeypatch):
+    ours, _, _ = alpaca_eval_files(jsonl, tmp_path)
+    theirs = jsonl("theirs.jsonl", *(response(f"alpaca_eval-{n}", "y" * 5, f"Instruction {n}") for n in range(8)))
+    for asked in (False, True):
+        compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / f"{asked}.jsonl", length_controlled=asked)
+        assert ("length_controlled_win_rate" in json.loads((tmp_path / f"{asked}.json").read_text())) is asked
+
+
+def test_compare_checks_the_difficulties_before_it_judges(some_model, jsonl, tmp_path, monkeypatch):
+    ours, theirs, difficulty = alpaca_eval_files(jsonl, tmp_path)
+    jsonl("ours.jsonl", response("another", "x", "Instruction 0"))
+    with pytest.raises(StageError, match="has no difficulty for 1 prompts, first another"):
+        compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.jsonl", difficulty=difficulty)
+    assert not list(tmp_path.glob("vs*"))
 
 
 # ---- matrix ----
@@ -198,9 +249,9 @@ def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeyp
     ]
     again = dict(judge=some_model, template=str(tmp_path / "t.txt"), gpus="none")
     with caplog.at_level("INFO"):
-        eval.matrix(",".join(files[:2]), str(tmp_path / "m/two.json"), **again)
+        eval.matrix(str(tmp_path / "m/two.json"), ",".join(files[:2]), **again)
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "m/cells").iterdir()}
-        eval.matrix(",".join(files), str(tmp_path / "m/three.json"), **again)
+        eval.matrix(str(tmp_path / "m/three.json"), ",".join(files), **again)
     assert "1 comparisons, 0 of them judged before" in caplog.text
     assert "3 comparisons, 1 of them judged before" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2
@@ -211,7 +262,7 @@ def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeyp
     assert "long wins at least half against every other. Its worst: 75.0 %" in capsys.readouterr().out
     assert (tmp_path / "m/three.svg").read_text().startswith("<?xml")
     jsonl("long.jsonl", response("p", "p", "x"), response("q", "q", "y"))  # other responses: judged anew
-    eval.matrix(",".join(files), str(tmp_path / "m/three.json"), **again)
+    eval.matrix(str(tmp_path / "m/three.json"), ",".join(files), **again)
     assert json.loads((tmp_path / "m/three.json").read_text())["win"][2] == [0.5, 0.25, None]
 
 

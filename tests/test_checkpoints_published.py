@@ -1,0 +1,124 @@
+"""The published checkpoints, with tiny models through the real engines: as local folders, in the Hub's cache without a
+network, and behind a mirror of the Hub.
+
+python -m pytest tests/test_checkpoints_published.py
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.loop import ROOT
+from helpers.mirror import COMMIT, mirror
+from safetensors.torch import load_file, save_file
+
+from analysis.outside import read_outputs
+from data_utils import load_tokenizer, resolve_model
+
+NUM_PROMPTS = 6
+
+
+@pytest.fixture(scope="module")
+def published(demo_models, tmp_path_factory):
+    """A folder of repositories as the Hub's: three checkpoints with their files in `model/` and no tokenizer."""
+    root = tmp_path_factory.mktemp("published")
+    policy = resolve_model(str(demo_models / "policy"))
+    weights = load_file(f"{policy}/model.safetensors")
+    torch.manual_seed(0)
+    for number in (3, 4, 5):
+        folder = root / f"lab/tiny-1.5b-round{number}/model"
+        folder.mkdir(parents=True)
+        shutil.copy(f"{policy}/config.json", folder)
+        noisy = {name: weight + 0.02 * torch.randn_like(weight) for name, weight in weights.items()}
+        save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+    (root / "lab/tiny-1.5b-round5/model/training.pth").write_bytes(b"the trainer's state, which nothing here reads")
+    return root
+
+
+@pytest.fixture(scope="module")
+def matrix(demo_models, tmp_path_factory):
+    """A function that runs `eval.py matrix` for models and returns what it logged and what it printed; all with the
+    same output, prompts and tokenizer."""
+    output = tmp_path_factory.mktemp("eval") / "matrix.json"
+    prompts = output.with_name("prompts.jsonl")
+    prompts.write_text("".join((demo_models / "prompts/eval.jsonl").read_text().splitlines(True)[:NUM_PROMPTS]))
+    flags = ["--gpus", "auto" if torch.cuda.is_available() else "none", "--max_new_tokens", "24", "--temperature", "1"]
+    flags += ["--input", prompts, "--tokenizer", demo_models / "policy", "--judge", demo_models / "judge"]
+
+    def run(*models, **environment):
+        words = ["eval.py", "matrix", "--output", output, "--models", ",".join(models), *flags]
+        done = run_python(*words, **environment)
+        return done.stderr, done.stdout, json.loads(output.read_text())
+
+    return run
+
+
+def run_python(*words, **environment):
+    words = [sys.executable, *map(str, words)]
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | environment, text=True, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_matrix_of_a_local_folder_and_a_model_in_the_hub_cache(published, matrix, tmp_path):
+    cached = tmp_path / "hub/models--lab--tiny-1.5b-round4"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text(COMMIT)
+    shutil.copytree(published / "lab/tiny-1.5b-round4", cached / f"snapshots/{COMMIT}")
+    models = f"{published}/lab/tiny-1.5b-round3", "lab/tiny-1.5b-round4"
+    log, printed, result = matrix(*models, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert "responses of 2 models, 0 of them generated before" in log
+    assert "1 comparisons, 0 of them judged before" in log
+    assert log.count("1 worker on ") == 3  # both models and the judge
+    assert result["num_prompts"] == NUM_PROMPTS and len(result["responses"]) == 2
+    assert "Best worst case: " in printed
+
+
+@pytest.mark.slow
+def test_a_model_behind_a_mirror_joins_the_matrix(published, matrix, tmp_path):
+    with mirror(published) as (address, downloaded):
+        hub = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
+        names = [f"lab/tiny-1.5b-round{number}" for number in (5, 4, 3)]
+        log, _, result = matrix(*names, **hub)
+    # The two that have responses are recognised by their contents, wherever they come from.
+    assert "responses of 3 models, 2 of them generated before" in log
+    assert "3 comparisons, 1 of them judged before" in log
+    assert log.count("1 worker on ") == 2  # the new model and the judge
+    assert result["names"] == [name.removeprefix("lab/") for name in names]
+    assert sorted(downloaded) == sorted(
+        f"{name}/model/{file}" for name in names for file in ("config.json", "model.safetensors")
+    )
+
+
+def test_what_a_mirror_serves_besides_checkpoints(tokenizers, model_dirs, tmp_path):
+    """AlpacaEval's instructions and reference outputs, and the tokenizer of a base model without its weights."""
+    rows = [{"instruction": f"Say {word}.", "output": word, "dataset": "x"} for word in ("sea", "city")]
+    data, base = tmp_path / "hub/datasets/tatsu-lab/alpaca_eval", tmp_path / "hub/lab/tiny-base"
+    data.mkdir(parents=True)
+    for name in ("alpaca_eval", "alpaca_eval_gpt4_baseline"):
+        (data / f"{name}.json").write_text(json.dumps(rows))
+    shutil.copytree(model_dirs["policy"], base)
+    (base / "model.safetensors").write_bytes(b"weights")
+    with mirror(tmp_path / "hub") as (address, downloaded):
+        hub = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
+        script = (
+            "import eval, data_utils; eval.alpaca_eval('prompts.jsonl'); "
+            "print(eval.alpaca_eval_file(eval.BASELINES['alpaca_eval_gpt4'], '')); "
+            "print(data_utils.resolve_tokenizer('', 'lab/tiny-base'))"
+        ).replace("prompts.jsonl", str(tmp_path / "prompts.jsonl"))
+        outputs, tokenizer = run_python("-c", script, **hub).stdout.split()
+    prompts = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [(row["prompt_id"], row["prompt"]) for row in prompts] == [
+        ("alpaca_eval-0", "Say sea."),
+        ("alpaca_eval-1", "Say city."),
+    ]
+    assert [record["samples"][0]["text"] for record in read_outputs(outputs)] == ["sea", "city"]
+    assert load_tokenizer(tokenizer).get_vocab() == tokenizers["policy"].get_vocab()
+    assert "lab/tiny-base/model.safetensors" not in downloaded
