@@ -122,3 +122,28 @@ def test_what_a_mirror_serves_besides_checkpoints(tokenizers, model_dirs, tmp_pa
     assert [record["samples"][0]["text"] for record in read_outputs(outputs)] == ["sea", "city"]
     assert load_tokenizer(tokenizer).get_vocab() == tokenizers["policy"].get_vocab()
     assert "lab/tiny-base/model.safetensors" not in downloaded
+
+
+def test_the_costs_in_the_docs_are_what_they_say():
+    """Judgements are prompts x pairs x 2, starts the models and one judge, disk 2 bytes a parameter."""
+    page = (ROOT / "docs/checkpoints.md").read_text()
+    names = page[page.index("models=$(echo") : page.index(" | tr ' ' ,)")].removeprefix("models=$(echo ")
+    expanded = subprocess.run(
+        ["bash", "-c", f"echo {names}"], text=True, capture_output=True, check=True
+    ).stdout.split()
+    assert len(expanded) == len(set(expanded)) == 26
+    layer = 2 * 1536 * 1536 + 2 * 1536 * 256 + 1536 + 2 * 256 + 3 * 1536 * 8960 + 2 * 1536  # Qwen2-1.5B
+    policy = 151_936 * 1536 + 28 * layer + 1536  # the output layer is the input's
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336 + 2 * 4096  # Llama-3-8B
+    judge = 2 * 128_256 * 4096 + 32 * layer + 4096
+    assert f"{policy:,} parameters" in page and f"{judge:,};" in page
+    rows = [line.strip("| ").split(" | ") for line in page.split("## What it costs")[1].splitlines() if " GB" in line]
+    for name, *cells, disk in rows[:4]:
+        models, pairs, judgements, starts = (int(cell.replace(",", "")) for cell in cells)
+        if "more" in name or "AlpacaEval" in name:
+            assert (models, pairs) == (1, 26 if "more" in name else 1)
+        else:
+            assert pairs == models * (models - 1) // 2
+        assert (judgements, starts) == (805 * pairs * 2, models + 1)
+        assert disk.split(" + ")[0] == f"{models * 2 * policy / 1e9:.1f} GB"
+    assert f"{2 * judge / 1e9:.1f} GB" in page and f"({26 * 4 * policy / 1e9:.0f} GB" in page

@@ -32,7 +32,7 @@ class CountingJudge(LengthJudge):
 class TinySampler(RecordWork):
     """Stands in for a policy: its response is as many letters as its folder's name says."""
 
-    def __init__(self, config, num_samples, temperature):
+    def __init__(self, config, num_samples, temperature, **_):
         self.length = int(Path(config.model_path).name)
         with open(os.environ["SAMPLED"], "a", encoding="utf-8") as file:
             file.write(f"{self.length} {config.tokenizer} {temperature} {config.max_prompt_tokens} {config.seed}\n")
