@@ -35,14 +35,16 @@ def outputs(tmp_path):
 
 
 def test_read_outputs_are_responses_records(outputs):
-    from records import Responses, encode
+    import msgspec
+
+    from records import Responses
 
     records = outputs(rows("one", "two\u2028"))
     assert [record["prompt"] for record in records] == ["one", "two\u2028"]
     assert [record["samples"] for record in records] == [[{"text": "to one"}], [{"text": "to two\u2028"}]]
     assert len({record["prompt_id"] for record in records}) == 2
     for record in records:
-        encode(record, Responses)
+        msgspec.convert(record, Responses)
 
 
 @pytest.mark.parametrize(

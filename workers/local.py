@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from utils import StageError, log
-from workers.worker import Work, Worker, prepare_threads
+from workers.worker import Work, Worker, prepare_threads, start_work
 
 
 class LocalExecutor:
@@ -97,7 +97,7 @@ def _main(make_work, environment, connection):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.disable()  # nothing to collect while libraries are imported; saves 2 of 10 seconds
     try:
-        worker = Worker(make_work())
+        worker = Worker(start_work(make_work))
         gc.enable()
         connection.send(("ready", None, None))
         while True:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from utils import StageError, log
 from workers.scheduler import IN_FLIGHT
-from workers.worker import Work, Worker, prepare_threads
+from workers.worker import Work, Worker, prepare_threads, start_work
 
 
 def connect(gpus: str, tensor_parallel_size: int, cpu_workers: int) -> tuple[int, bool]:
@@ -56,7 +56,7 @@ class Actor:
         prepare_threads()
         self.lock, self.found, self.error = threading.Lock(), {}, None
         try:
-            self.worker = Worker(make_work())
+            self.worker = Worker(start_work(make_work))
         except StageError as error:
             self.error = str(error)
 

@@ -14,6 +14,7 @@ import contextlib
 import os
 import pickle
 import traceback
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from utils import StageError, first_line
@@ -79,6 +80,15 @@ class Worker:
         for number in finished:
             del self.left[number]
         return [("done", number, self.found.pop(number)) for number in finished]
+
+
+def start_work(make_work: Callable[[], Work]) -> Work:
+    """`make_work()`. Raises StageError for an error of the code, which another start would meet again; what else goes
+    wrong, as when a GPU's memory is still in use, may go well the next time."""
+    try:
+        return make_work()
+    except (TypeError, AttributeError, NameError, ImportError):
+        raise StageError(traceback.format_exc().rstrip()) from None
 
 
 def is_crash(error: BaseException) -> bool:
