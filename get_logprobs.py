@@ -93,7 +93,7 @@ def model_logps(model_dir, datasets, journals, tokens, accelerator):
                 total=len(dataset),
                 initial=len(dataset) - sum(map(len, left)),
                 unit="pair",
-                desc=f"log-probabilities {model_dir}",
+                desc="log-probabilities",
                 disable=not accelerator.is_main_process,
             )
             for found in compute(model, dataset, list(local_batches(left, accelerator)), accelerator):
