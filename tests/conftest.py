@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is first imported
+
+
+def pytest_collection_modifyitems(items):
+    """The files with the most slow tests come first: then two processes end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
