@@ -25,10 +25,10 @@ from judges.base import JudgeConfig
 from judges.server import ServerJudge, duration, parse_answer, read_answer
 from records import Record, read
 from utils import StageError
-
-pytestmark = pytest.mark.slow
 from workers.journal import Skipped
 from workers.worker import run_here
+
+pytestmark = pytest.mark.slow
 
 LABELS = ["Output (a)", "Output (b)"]
 
