@@ -2,8 +2,9 @@
 
     python tests/same_results.py exps/reference exps/demo-comal [--tolerance 1e-12]
 
-What may differ: times, speeds, commits, and what the second run has besides: settings and fields of a newer version. Numbers may differ by the tolerance,
-absolute or relative. Prints a line for each kind of file. Exit code 0 means that all results are the same.
+What may differ: times, speeds, commits, and what the second run has besides: settings and fields of a newer version.
+Numbers may differ by the tolerance, absolute or relative. Prints a line for each kind of file. Exit code 0 means that
+all results are the same.
 """
 
 import argparse

@@ -50,7 +50,7 @@ def test_duality_gap_values(policy, gap):
 def test_the_demos_table_keeps_rows_of_checkpoints_whose_weights_are_gone(tmp_path, monkeypatch):
     measured = []
 
-    def describe(checkpoint):
+    def describe(checkpoint, tokenizer=""):
         measured.append(Path(checkpoint).parent.name if Path(checkpoint).name == "ckpt" else "start")
         return {"distribution": [1, 0, 0], "other": 0, "duality_gap": 0.8}
 
