@@ -4,6 +4,7 @@ bash tests/run.sh
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +23,13 @@ def pytest_collection_modifyitems(items):
     """The files with the most slow tests come first: then two processes end at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """A script that a test runs in this process may have set the level of the log; the next test finds it as it was."""
+    yield
+    logging.getLogger("comal").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)
