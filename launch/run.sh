@@ -3,6 +3,7 @@
 # experiment.py (run.json, forks, checkpoints, disk), stage.py (one running stage), summary.py, prepare.py (--prepare).
 
 source launch/nodes.sh
+source launch/plan.sh
 
 # ------------------------------------------------------------------------------------------------ what comal.sh says
 
@@ -49,13 +50,7 @@ stage() {
   done
   shift
   if [[ -z $missing ]]; then clean "${outputs[@]}"; return; fi
-  if [[ -n $plan ]]; then
-    printf '\n# %s, stage %s\n' "$heading" "$name"
-    local word
-    for word in "$@"; do [[ $word =~ ^[A-Za-z0-9_./,=:-]+$ ]] && printf '%s ' "$word" || printf '%q ' "$word"; done
-    echo
-    return
-  fi
+  if [[ -n $plan ]]; then plan_stage "$name" "$@"; return; fi
   if ((NODE_RANK > 0)) && ! on_all_nodes "$@"; then wait_for_node_0 "${outputs[@]}"; return; fi
   open_journal
   if [[ -z $ran ]]; then say "=== $heading"; fi
@@ -114,7 +109,7 @@ begin() {
   find_machines
   heading=preparation iter=$exp uncompared=$first  # the first iteration that no stage of this run has compared
   if ((NODE_RANK == 0)); then prepare; else join_node_0; fi
-  [[ -z $plan ]] || return 0
+  if [[ -n $plan ]]; then show_planned; return; fi
   helper experiment files || exit 1
   if [[ -n $only_prepare ]]; then prepare_offline; exit; fi
   if ((NODE_RANK == 0)); then lock_experiment; fi
@@ -210,13 +205,14 @@ one_builder() {  # FOLDER OUTPUT...: wait while another comal.sh makes what is m
 # ------------------------------------------------------------------------------------------------ around an iteration
 
 begin_iteration() {
-  iter=$exp/iter$i ran= heading="iteration $i of $ITERATIONS"
+  iter=$exp/iter$i ran= heading="iteration $i of $ITERATIONS" began_with=$reference
   # A fork has no first iteration that would sample the initial policy's answers.
   if [[ -n $FROM ]] && ((i == first)); then answer start_responses "$MODEL" "$(responses -1)" $((SEED * 1000)); fi
 }
 
 end_iteration() {
-  [[ -z $plan && $NODE_RANK -eq 0 ]] || return 0
+  if [[ -n $plan ]]; then plan_iteration; return; fi
+  ((NODE_RANK == 0)) || return 0
   rm -rf "$iter"/ckpt/{resume,best}-*
   if (((i + 1) % SPLITS == 0)); then ln -sfn "iter$i/ckpt" "$exp/round$(((i + 1) / SPLITS))"; fi
   [[ -e $iter/next.json ]] || helper experiment note
@@ -241,6 +237,7 @@ begin_evaluation() {
 
 finish() {
   if [[ -n $plan ]]; then
+    show_planned
     helper experiment cost
     return
   fi

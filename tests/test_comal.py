@@ -223,16 +223,15 @@ def test_last_keeps_the_reference(loop):
     "every, scorings, at_the_end", [("1", [[0], [1], [2]], [3]), ("2", [[0, 1]], [2, 3]), ("4", [], [0, 1, 2, 3])]
 )
 def test_comparisons_share_the_judge_of_a_scoring(loop, every, scorings, at_the_end):
-    plan = loop.run("--plan", EVAL_EVERY=every)[0]
-    compared = lambda flag, script: [
-        sorted({int(i) for i in re.findall(r"/iter(\d+)/eval/vs_", line)})
-        for line in plan.splitlines()
-        if script in line and flag in line
-    ]
-    assert compared("--compared", "scoring.py") == scorings
-    assert compared("--output", "eval.py compare") == [at_the_end]
     output, code = loop.run(EVAL_EVERY=every)
     assert code == 0 and len(list(loop.exps.glob("run/iter*/eval/vs_*.json"))) == 8, output
+    compared = lambda flag, stage: [
+        sorted({int(i) for i in re.findall(r"/iter(\d+)/eval/vs_", log.read_text())})
+        for log in sorted(loop.exps.glob(f"run/iter*/logs/{stage}.log"))
+        if flag in log.read_text()
+    ]
+    assert compared("--compared", "scoring") == scorings
+    assert compared("--output", "evaluation") == [at_the_end]
 
 
 def test_a_finished_experiment_changes_no_file(loop):
@@ -372,9 +371,9 @@ def test_a_setting_that_is_not_in_run_json_had_its_default(loop):
 def test_any_judge_reaches_the_stages(loop):
     plan, code = loop.run("--plan", JUDGE="own/judge,own/policy", JUDGE_TYPE="generative,reward", JUDGE_WEIGHTS="1,3")
     flags = "--judge own/judge,own/policy --judge_type generative,reward --judge_weights 1,3"
-    assert code == 0 and plan.count(flags) == 6, plan  # four scorings, the last evaluation, the matrix
+    assert code == 0 and plan.count(flags) == 4, plan  # scoring without and with comparisons, the evaluation, the matrix
     plan = loop.run("--plan", JUDGE_FLAGS="--labels 'A x,B x' --reward_temperature 2")[0]
-    assert plan.count("--labels A\\ x\\,B\\ x --reward_temperature 2") == 6, plan
+    assert plan.count("--labels A\\ x\\,B\\ x --reward_temperature 2") == 4, plan
     output, code = loop.run(JUDGE=f"{loop.folder}/models/judge,no-such-model", JUDGE_TYPE="reward")
     assert code == 1 and "no-such-model (JUDGE): no such directory" in output
     plan, code = loop.run("--plan", JUDGE="some-model", JUDGE_TYPE="server", API_BASE="http://127.0.0.1:8000/v1")
@@ -385,7 +384,7 @@ def test_any_judge_reaches_the_stages(loop):
 
 def test_arguments_come_before_the_environment(loop):
     plan, code = loop.run("METHOD=inpo-small", "ETA=0.25", "--plan", "UPDATE_INTERVAL=3", ETA="0.5")
-    assert code == 0 and plan.count("--eta 0.25") == 4 and "ETA=0.25 (0.333333)" in plan
+    assert code == 0 and plan.count("--eta 0.25") == 2 and "ETA=0.25 (0.333333)" in plan
     assert "INPO, fixed reference, 4 iterations" in plan and "the reference stays" in plan
     assert "UPDATE_INTERVAL is not used by METHOD=inpo-small" in plan
 
@@ -514,6 +513,23 @@ def planned(loop, script, **settings):
     return [dict(zip(words, words[1:])) for words in commands]
 
 
+def repeated(plan):
+    """[(iterations that the plan does not print, the one that they repeat, their reference)]"""
+    return re.findall(r"^# iterations? (.*): as iteration (\d+) but .* with (.*) as the reference$", plan, re.M)
+
+
+def test_plan_prints_what_repeats_once(loop):
+    """Iteration 0 compares nothing, the baselines of iteration 1 are the initial policy's; from 2 on all is alike."""
+    plan, last = loop.run("--plan", EVAL_EVERY="1")[0], f"exps/{loop.name}/run/iter1/ckpt"
+    assert plan.count("inpo.py") == 3 and repeated(plan) == [("3", "2", last)], plan
+    plan = loop.run("--plan", ROUNDS="3", METHOD="iter-dpo", EVAL_EVERY="1")[0]
+    assert plan.count("dpo.py") == 3 and repeated(plan) == [("3 to 5", "2", "the last policy")], plan
+    plan = loop.run("--plan", METHOD="inpo-small", FIRST_ITERATION="2")[0]
+    assert plan.count("inpo.py") == 2 and not repeated(plan), plan
+    plan = loop.run("--plan", METHOD="inpo-small")[0]
+    assert repeated(plan) == [("2 to 3", "1", f"{loop.folder}/models/policy")], plan
+
+
 @pytest.mark.parametrize(
     "method, trainer, moves",
     [
@@ -526,14 +542,15 @@ def planned(loop, script, **settings):
 )
 def test_the_reference_moves_as_the_method_says(loop, method, trainer, moves):
     """`moves`: from which iteration on the reference is which iteration's policy (UPDATE_INTERVAL 2 for COMAL)."""
-    settings = {"METHOD": method, "MODEL": "own/policy", "DEMO_MODELS": "exps/none"}
-    flags = [words for words in planned(loop, "get_logprobs.py", **settings) if "/data/" in words["--output"]]
-    assert len(flags) == 4 and len(planned(loop, trainer, **settings)) == 4
-    expected = "own/policy"
-    for i, words in enumerate(flags):
+    output, code = loop.run(METHOD=method)
+    assert code == 0, output
+    policy = expected = f"'{loop.folder}/models/policy'"
+    for i in range(4):
+        command = (loop.exps / f"run/iter{i}/logs/logprobs.log").read_text()
         expected = f"exps/{loop.name}/run/iter{moves[i]}/ckpt" if i in moves else expected
-        assert words["--reference"] == expected
-        assert words["--model"] == (f"exps/{loop.name}/run/iter{i - 1}/ckpt" if i else "own/policy")
+        assert f" --reference {expected} " in command
+        assert f" --model {f'exps/{loop.name}/run/iter{i - 1}/ckpt' if i else policy} " in command
+        assert f" {trainer} " in (loop.exps / f"run/iter{i}/logs/training.log").read_text()
 
 
 @pytest.mark.parametrize("method, trainer", [("ipo", "ipo.py"), ("dpo", "dpo.py")])
@@ -544,8 +561,9 @@ def test_baselines_take_one_iteration_over_all_prompts(loop, method, trainer):
 
 
 def test_one_eta_a_round(loop):
-    flags = planned(loop, "inpo.py", ROUNDS="3", ETA="0.002,0.1")
-    assert [words["--eta"] for words in flags] == ["0.002"] * 2 + ["0.1"] * 4
+    assert loop.run(ROUNDS="3", ETA="0.002,0.1")[1] == 0
+    logs = [(loop.exps / f"run/iter{i}/logs/training.log").read_text() for i in range(6)]
+    assert [re.search(r" --eta (\S+)", log)[1] for log in logs] == ["0.002"] * 2 + ["0.1"] * 4
 
 
 def test_the_documents_recipe_of_the_second_version_is_planned(loop, tmp_path):
@@ -559,11 +577,15 @@ def test_the_documents_recipe_of_the_second_version_is_planned(loop, tmp_path):
     command = command.replace("RM1,RM2", f"{tmp_path}/RM1,{tmp_path}/RM2").split()
     plan, code = loop.run("--plan", *command, RECIPE="full", GPUS="none", SPLITS="6")
     assert code == 0 and "COMAL, 18 iterations into exps/v2; eta 0.002,0.1, the reference moves every 6" in plan, plan
-    assert plan.count(f"--judge {tmp_path}/RM1,{tmp_path}/RM2 --judge_type reward ") == 20
-    assert re.findall(r"inpo.py .*--eta (\S+)", plan) == ["0.002"] * 6 + ["0.1"] * 12
-    start = str(tmp_path / "policy")
-    references = re.findall(r"--reference (\S+) --tokenizer '' --input exps/v2/iter\d+/train.pairs", plan)
-    assert references == [start] * 6 + ["exps/v2/iter5/ckpt"] * 6 + ["exps/v2/iter11/ckpt"] * 6
+    assert plan.count(f"--judge {tmp_path}/RM1,{tmp_path}/RM2 --judge_type reward ") == 7
+    etas = [("0", "0.002"), ("1", "0.002"), ("2", "0.002"), ("6", "0.1"), ("11", "0.1")]
+    assert re.findall(r"iter(\d+)/ckpt --eta (\S+)", plan) == etas
+    assert repeated(plan) == [
+        ("3 to 5", "2", str(tmp_path / "policy")),
+        ("7 to 10", "6", "exps/v2/iter5/ckpt"),
+        ("12 to 16", "6", "exps/v2/iter11/ckpt"),
+        ("17", "11", "exps/v2/iter11/ckpt"),  # at a round's end there is one stage more
+    ]
     assert "checkpoints 18 x 1.0 MiB" in plan and not (ROOT / "exps/v2").exists()
 
 
