@@ -145,11 +145,12 @@ def compare(
         for name in split_list(baseline)
     ]
     files = list(zip(*file_lists(responses=responses, baseline=",".join(baselines), output=output)))
+    names = list(zip(split_list(responses), split_list(baseline)))
     if difficulty:  # checked before anything is judged
         for ours, _, _ in files:
             read_difficulty(difficulty, [record["prompt_id"] for record in read(ours, Responses)])
     judge_files(comparison_jobs(files), JudgeConfig(**judge), "comparing")
-    write_summaries(files, seed, length_controlled, difficulty)
+    write_summaries(files, seed, length_controlled, difficulty, names)
 
 
 def matrix(
@@ -203,11 +204,11 @@ def matrix(
         paths = given + model_responses(split_list(models), source, target, temperature, top_p, sampler)
     cells = cell_paths(paths, judged_by, target.parent / "cells")
     missing = {path: pair for pair, path in cells.items() if not path.with_suffix(".json").exists()}
-    log.info("%d comparisons, %d of them judged before", len(cells), len(cells) - len(missing))
+    log.info("comparisons: %d, judged before: %d", len(cells), len(cells) - len(missing))
     if missing:
         files = [(paths[i], paths[j], path) for path, (i, j) in missing.items()]
         judge_files(comparison_jobs(files), config, "comparing")
-        write_summaries(files, seed)
+        write_summaries(files, seed, names=[(labels[i], labels[j]) for i, j in missing.values()])
     result = {
         "names": labels,
         "responses": list(map(str, paths)),
@@ -277,9 +278,9 @@ def model_responses(models: list, source: str, output: Path, temperature: float,
             raise StageError(f"--models {found[path].model} and {model} are the same model; name one of them")
         found[path] = config
     missing = {path: config for path, config in found.items() if not path.exists()}
-    log.info("responses of %d models, %d of them generated before", len(found), len(found) - len(missing))
+    log.info("models: %d, with responses from before: %d", len(found), len(found) - len(missing))
     for path, config in missing.items():
-        log.info("%s", config.model)
+        log.info("responses of %s", config.model)
         write_responses(Path(source), path, config, temperature, top_p)
     return list(found)
 

@@ -37,7 +37,8 @@ def run(*commands: Callable[..., None]) -> None:
     Exit codes: 0 done, 1 the stage failed, 2 the command line is wrong, 130 interrupted, 143 terminated.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):  # they would log each request
+        logging.getLogger(client).setLevel(logging.WARNING)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the caller ignores it, as nohup's shell does
     signal.signal(signal.SIGTERM, _terminated)
     program, words, command = Path(sys.argv[0]).name, sys.argv[1:], commands[0]

@@ -71,13 +71,17 @@ def comparison_jobs(files: list) -> list:
     return [(partial(join_responses, ours, theirs), target) for ours, theirs, target in files]
 
 
-def write_summaries(files: list, seed: int = 0, length_controlled: bool = False, difficulty: str = ""):
+def write_summaries(
+    files: list, seed: int = 0, length_controlled: bool = False, difficulty: str = "", names: list | None = None
+):
     """Write and log the summary of each of (responses, baseline, output) files, beside the output.
 
+    The log has the `names` of (responses, baseline); without them those of the files.
     With a file of difficulties, with `length_controlled`, and where the baseline is model outputs, it has the
     length-controlled win rate (analysis/length_control.py), too.
     """
-    for ours, theirs, path in files:
+    names = names or [(ours, theirs) for ours, theirs, _ in files]
+    for (ours, theirs, path), sides in zip(files, names):
         comparisons = list(read(path, Comparison))
         summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(comparisons, seed)
         if length_controlled or difficulty or holds_outputs(theirs):
@@ -85,8 +89,7 @@ def write_summaries(files: list, seed: int = 0, length_controlled: bool = False,
         write_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
         log.info(
             "%s against %s: win rate %.1f %% [%.1f, %.1f], mean probability %.3f, %d prompts, %d ties",
-            ours,
-            theirs,
+            *sides,
             *(100 * value for value in (summary["win_rate"], *summary["win_rate_interval"])),
             summary["mean_win_prob"],
             summary["num_prompts"],

@@ -6,6 +6,7 @@ python -m pytest tests/test_checkpoints_published.py
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,8 @@ def test_matrix_of_a_local_folder_and_a_model_in_the_hub_cache(published, matrix
     shutil.copytree(published / "lab/tiny-1.5b-round4", cached / f"snapshots/{COMMIT}")
     models = f"{published}/lab/tiny-1.5b-round3", "lab/tiny-1.5b-round4"
     log, printed, result = matrix(*models, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert "responses of 2 models, 0 of them generated before" in log
-    assert "1 comparisons, 0 of them judged before" in log
+    assert "models: 2, with responses from before: 0" in log
+    assert "comparisons: 1, judged before: 0" in log
     assert log.count("1 worker on ") == 3  # both models and the judge
     assert result["num_prompts"] == NUM_PROMPTS and len(result["responses"]) == 2
     assert "Best worst case: " in printed
@@ -88,9 +89,12 @@ def test_a_model_behind_a_mirror_joins_the_matrix(published, matrix, tmp_path):
         names = [f"lab/tiny-1.5b-round{number}" for number in (5, 4, 3)]
         log, _, result = matrix(*names, **hub)
     # The two that have responses are recognised by their contents, wherever they come from.
-    assert "responses of 3 models, 2 of them generated before" in log
-    assert "3 comparisons, 1 of them judged before" in log
+    assert "models: 3, with responses from before: 2" in log
+    assert "comparisons: 3, judged before: 1" in log
     assert log.count("1 worker on ") == 2  # the new model and the judge
+    named = re.findall(r"(\S+) against (\S+): win rate", log)  # by the models' names, and not by the files' hashes
+    assert len(named) == 2 and all("tiny-1.5b-round5" in pair and set(pair) < set(result["names"]) for pair in named)
+    assert "HTTP Request" not in log
     assert result["names"] == [name.removeprefix("lab/") for name in names]
     assert sorted(downloaded) == sorted(
         f"{name}/model/{file}" for name in names for file in ("config.json", "model.safetensors")

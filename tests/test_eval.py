@@ -252,8 +252,8 @@ def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeyp
         eval.matrix(str(tmp_path / "m/two.json"), ",".join(files[:2]), **again)
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "m/cells").iterdir()}
         eval.matrix(str(tmp_path / "m/three.json"), ",".join(files), **again)
-    assert "1 comparisons, 0 of them judged before" in caplog.text
-    assert "3 comparisons, 1 of them judged before" in caplog.text
+    assert "comparisons: 1, judged before: 0" in caplog.text
+    assert "comparisons: 3, judged before: 1" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2
     found = json.loads((tmp_path / "m/three.json").read_text())
     assert found["names"] == ["short", "middle", "long"]
