@@ -133,17 +133,23 @@ def best_worst_case(worst: list[float], drawn: np.ndarray) -> dict:
 
 def print_matrix(result: dict):
     """Print the matrix in per cent, each player's worst case and its share in the Nash mixture, and whether the last
-    player wins at least half against every other."""
+    player wins at least half against every other. Where names would make it wide, the columns have numbers."""
     names = result["names"]
+    rows = columns = names
     width = max(8, *map(len, names)) + 1
+    first = width + 8
+    if width * len(names) > 120:
+        columns = [str(number + 1) for number in range(len(names))]
+        rows = [f"{number:>2} {name}" for number, name in zip(columns, names)]
+        width, first = 6, max(18, *map(len, rows))
     print(
-        f"\n{'row beats column':{width + 8}}"
-        + "".join(f"{name:>{width}}" for name in names)
+        f"\n{'row beats column':{first}}"
+        + "".join(f"{column:>{width}}" for column in columns)
         + f"{'worst':>9}{'Nash':>8}   ({result['measure']}, %, {result['num_prompts']} prompts)"
     )
-    for name, row, worst, share in zip(names, result["win"], result["worst_case"], result["nash_mixture"]):
+    for name, row, worst, share in zip(rows, result["win"], result["worst_case"], result["nash_mixture"]):
         print(
-            f"{name:{width + 8}}"
+            f"{name:{first}}"
             + "".join(f"{'-' if p is None else f'{100 * p:.1f}':>{width}}" for p in row)
             + f"{100 * worst['win']:9.1f}{share:8.3f}"
         )

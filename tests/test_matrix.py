@@ -215,6 +215,18 @@ def test_equal_players_are_not_distinguishable_and_the_first_is_best():
     }
 
 
+def test_a_wide_matrix_has_numbered_columns(capsys):
+    names = [f"comal-qwen2-1.5b-round{number}" for number in range(1, 13)]
+    result = play(np.full((12, 12, 5), 0.5), 5, num_bootstrap=20) | {"measure": "win_rate"}
+    matrix.print_matrix(result | {"names": names})
+    header, first, *rest = capsys.readouterr().out.splitlines()[1:]
+    assert header.split()[3:17] == [*(str(number) for number in range(1, 13)), "worst", "Nash"]
+    assert first.split()[:4] == ["1", names[0], "-", "50.0"] and rest[10].split()[:2] == ["12", names[11]]
+    assert header.index("worst") + 5 == first.rindex("50.0") + 4 and len(first) < 130
+    matrix.print_matrix(result | {"names": list("abcdefghijkl")})
+    assert capsys.readouterr().out.splitlines()[1].split()[3:6] == ["a", "b", "c"]
+
+
 def test_the_command_answers_from_the_file(play_all, files, tmp_path, capsys):
     play_all(responses=",".join(files[:3]))
     printed = capsys.readouterr().out
