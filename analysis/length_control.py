@@ -102,6 +102,10 @@ def length_controlled_win_rate(
     design = np.column_stack([np.tanh(scaled), *gamma, np.ones(len(delta))])  # (N, 2 or 3)
     fit = _Fit(design, preference, gamed)
     predicted = fit.at_equal_length(np.ones(len(delta)))  # (N,)
+    if (predicted == 0.5).all():
+        log.warning(
+            "the regression's penalty left nothing but a length-controlled win rate of 1/2; more prompts may say more"
+        )
     return _named(
         win_rate=float(predicted.mean()),
         interval=_bootstrap(fit, len(delta), seed, num_bootstrap),

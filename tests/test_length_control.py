@@ -166,6 +166,15 @@ def test_exchanged_sides_add_up_to_one(comparisons):
     assert sum(found["length_controlled_win_rate"] for found in both) == pytest.approx(1, abs=1e-4)
 
 
+def test_penalty_that_leaves_nothing_is_said(caplog):
+    random = np.random.default_rng(0)
+    lengths, baseline_lengths = random.integers(10, 200, (2, 10))
+    for preferences, said in ((0.45 + 0.1 * random.random(10), True), (np.full(10, 0.9), False)):
+        caplog.clear()
+        found = length_controlled_win_rate(preferences, lengths, baseline_lengths, num_bootstrap=1)
+        assert (found["length_controlled_win_rate"] == 0.5) == said == ("left nothing" in caplog.text)
+
+
 def test_all_won_is_a_number_near_one():
     lengths = np.arange(100, 120)
     found = length_controlled_win_rate(np.ones(20), lengths, lengths[::-1], num_bootstrap=20)
