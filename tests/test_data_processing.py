@@ -214,15 +214,19 @@ def released_selection(record, max_length):
 
 
 def test_make_pair_selects_as_the_released_code_on_200_records():
-    """Records of five samples with duplicates, ties and over-long responses."""
+    """Records of five samples with duplicates, ties and over-long responses; pytest -s shows the first ten."""
     rng, counts = random.Random(0), Counter()
     for n in range(200):
         words = [rng.choice(["best", "good", "fair", "poor"]) for _ in range(5)]
-        record = five(*words, long=rng.sample(["best", "good", "fair", "poor"], rng.choice([0, 1, 1, 2])))
+        long = rng.sample(["best", "good", "fair", "poor"], rng.choice([0, 1, 1, 2]))
+        record = five(*words, long=long)
         if n % 4 == 0:  # ties: every verdict is one half
             record["win_probs"] = [[None if i == j else 0.5 for j in range(5)] for i in range(5)]
         pair, expected = make_pair(record, "top_two", 20, 0), released_selection(record, 20)
         assert (pair and tuple(pair[side][0]["content"] for side in ("chosen", "rejected"))) == expected
+        if n < 10:
+            too_long = f", too long: {' '.join(sorted(set(long) & set(words)))}" if set(long) & set(words) else ""
+            print(f"{n}: {' '.join(words)}{too_long}{', all tied' * (n % 4 == 0)}: {' > '.join(expected or ['no pair'])}")
         counts["pair" if pair else "none"] += 1
         counts["duplicates"] += len(set(words)) < 5
     assert counts["pair"] > 100 and counts["none"] > 10 and counts["duplicates"] > 100

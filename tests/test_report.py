@@ -139,7 +139,7 @@ def make_experiment(path):
         )
         write_json(folder / "next.json", {"policy": f"{path}/iter{number}/ckpt", "reference": f"{path}/iter0/ckpt"})
     write_jsonl(path / "iter1" / "train.scores.skipped.jsonl", {"prompt_id": "z", "skipped": "too long"})
-    # Under the start policy the pair's log-probabilities are -7 and -10: (-4 + 7 - 8 + 10)/2 = 2.5.
+    # Under the initial policy the pair's log-probabilities are -7 and -10: (-4 + 7 - 8 + 10)/2 = 2.5.
     write_jsonl(path / "iter1" / "eval" / "start_logps.jsonl", pair("c", (-7.0, -10.0), (0.0, 0.0)))
     write_json(
         path / "game.json",
@@ -169,7 +169,7 @@ def test_summary_has_the_figures_computed_by_hand(experiment):
     assert first["label_mass"] == pytest.approx(0.95)
     assert first["dropped"] == pytest.approx(1 / 3)
     assert (first["skipped"], second["skipped"]) == (0, 1)
-    # (-4 + 5 - 8 + 8.5)/2 = 0.75 from the reference, which is the start policy only before it moves.
+    # (-4 + 5 - 8 + 8.5)/2 = 0.75 from the reference, which is the initial policy only before it moves.
     assert [row["kl_reference"] for row in (first, second)] == [0.75, 0.75]
     assert [row["kl_start"] for row in (first, second)] == [0.75, 2.5]
     assert [row["reference_moved"] for row in (first, second)] == [True, False]
@@ -236,7 +236,7 @@ def test_fork_begins_after_its_origin(experiment):
     (fork / "iter2" / "eval" / "start_logps.jsonl").unlink()
     (found,) = write_data_only([fork])
     assert [row["iteration"] for row in found["iterations"]] == [1, 2]
-    assert found["iterations"][0]["kl_start"] is None  # its reference is the origin's iter0, not the start policy
+    assert found["iterations"][0]["kl_start"] is None  # its reference is the origin's iter0, not the initial policy
 
 
 # ---- what is missing ----

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the demo's two tiny models with mle.py: the start policy and, at the same time, the judge.
+# Builds the demo's two tiny models with mle.py: the initial policy and, at the same time, the judge.
 #   bash data/demo/build.sh exps/demo-models        (from the project's root; PYTHON names the interpreter)
 # BRADLEY_TERRY=true makes a judge without the cycle, to compare with.
 # The tests shorten the three runs with POLICY_EPOCHS, JUDGE_SHORT_EPOCHS and JUDGE_EPOCHS.
