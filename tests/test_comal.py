@@ -371,7 +371,7 @@ def test_a_setting_that_is_not_in_run_json_had_its_default(loop):
 def test_any_judge_reaches_the_stages(loop):
     plan, code = loop.run("--plan", JUDGE="own/judge,own/policy", JUDGE_TYPE="generative,reward", JUDGE_WEIGHTS="1,3")
     flags = "--judge own/judge,own/policy --judge_type generative,reward --judge_weights 1,3"
-    assert code == 0 and plan.count(flags) == 4, plan  # scoring without and with comparisons, the evaluation, the matrix
+    assert code == 0 and plan.count(flags) == 4, plan  # two kinds of scoring, the evaluation, the matrix
     plan = loop.run("--plan", JUDGE_FLAGS="--labels 'A x,B x' --reward_temperature 2")[0]
     assert plan.count("--labels A\\ x\\,B\\ x --reward_temperature 2") == 4, plan
     output, code = loop.run(JUDGE=f"{loop.folder}/models/judge,no-such-model", JUDGE_TYPE="reward")

@@ -225,8 +225,8 @@ def test_make_pair_selects_as_the_released_code_on_200_records():
         pair, expected = make_pair(record, "top_two", 20, 0), released_selection(record, 20)
         assert (pair and tuple(pair[side][0]["content"] for side in ("chosen", "rejected"))) == expected
         if n < 10:
-            too_long = f", too long: {' '.join(sorted(set(long) & set(words)))}" if set(long) & set(words) else ""
-            print(f"{n}: {' '.join(words)}{too_long}{', all tied' * (n % 4 == 0)}: {' > '.join(expected or ['no pair'])}")
+            marked = [f"({word})" if word in long else word for word in words]  # too long
+            print(f"{n}: {' '.join(marked)}{', all tied' * (n % 4 == 0)}: {' > '.join(expected or ['no pair'])}")
         counts["pair" if pair else "none"] += 1
         counts["duplicates"] += len(set(words)) < 5
     assert counts["pair"] > 100 and counts["none"] > 10 and counts["duplicates"] > 100
