@@ -22,7 +22,8 @@ from utils import StageError, check_input, log, run, write_text
 def alpaca_eval(source: Path, output: Path, name: str):
     """AlpacaEval's model outputs, which it joins with the reference's on the instruction."""
     check_input(source)
-    name = name or source.parent.parent.name
+    folder = source.resolve().parent  # of a run's responses it is exps/NAME/iterN/eval
+    name = name or (folder.parent.name if folder.name == "eval" and source.stem == "responses" else source.stem)
     rows = [
         {"instruction": record["prompt"], "output": record["samples"][0]["text"], "generator": name}
         for record in read(source, Responses)

@@ -21,6 +21,17 @@ def test_alpaca_eval_outputs(jsonl, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "path, generator", [("exps/run/iter3/eval/responses.jsonl", "iter3"), ("responses.jsonl", "responses")]
+)
+def test_the_generator_is_named_by_the_path(tmp_path, monkeypatch, path, generator):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text('{"prompt_id": "1", "prompt": "?", "samples": [{"text": "yes"}]}\n')
+    export("alpaca_eval", path, "outputs.json")
+    assert json.loads((tmp_path / "outputs.json").read_text())[0]["generator"] == generator
+
+
 @pytest.fixture
 def checkpoint(some_model, tmp_path):
     """A finished iteration's checkpoint, with the files that a card is made from."""
