@@ -42,8 +42,19 @@ def _download(name, only=None):
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # the Hub client raises a dozen kinds; all mean that there is no model
         raise StageError(
-            f"model {name}: no such directory, and the Hub did not provide it: {first_line(error)}"
+            f"model {name}: no such directory, and the Hub did not provide it: {_hub_says(error)}"
         ) from None
+
+
+def _hub_says(error: Exception) -> str:
+    """Why the Hub's client did not provide a model. Of the two commonest errors the first line is only a number."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated; accept its licence on its page there, and log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has none of this name, or a private one, which needs `hf auth login`"
+    return first_line(error)
 
 
 def has_tokenizer(directory: str | Path) -> bool:

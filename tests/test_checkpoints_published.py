@@ -128,6 +128,24 @@ def test_what_a_mirror_serves_besides_checkpoints(tokenizers, model_dirs, tmp_pa
     assert "lab/tiny-base/model.safetensors" not in downloaded
 
 
+def test_what_the_hub_refuses_is_said(tmp_path):
+    (tmp_path / "hub/lab/llama").mkdir(parents=True)
+    (tmp_path / "hub/lab/llama/gated").touch()
+    script = """
+import data_utils
+for name in ("lab/llama", "lab/none"):
+    try:
+        data_utils.resolve_model(name)
+    except data_utils.StageError as error:
+        print(error)
+"""
+    with mirror(tmp_path / "hub") as (address, _):
+        hub = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
+        gated, unknown = run_python("-c", script, **hub).stdout.splitlines()
+    assert gated.startswith("model lab/llama: ") and "it is gated; accept its licence" in gated
+    assert unknown.startswith("model lab/none: ") and "it has none of this name" in unknown
+
+
 def test_the_costs_in_the_docs_are_what_they_say():
     """Judgements are prompts x pairs x 2, starts the models and one judge, disk 2 bytes a parameter."""
     page = (ROOT / "docs/checkpoints.md").read_text()

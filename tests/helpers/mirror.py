@@ -14,7 +14,7 @@ PATHS = r"(?P<kind>datasets/)?(?P<name>[\w.-]+/[\w.-]+)"
 
 @contextlib.contextmanager
 def mirror(root: Path):
-    """Serve the folders root/OWNER/NAME (models) and root/datasets/OWNER/NAME (data sets).
+    """Serve the folders root/OWNER/NAME (models; one with a file `gated` needs a licence) and root/datasets/OWNER/NAME.
 
     Yields (the address for HF_ENDPOINT, a list to which the path of each downloaded file, OWNER/NAME/FILE, is added).
     """
@@ -37,6 +37,8 @@ def mirror(root: Path):
             file = re.fullmatch(rf"/{PATHS}/resolve/(main|{COMMIT})/(?P<file>.+)", path)
             found = info or file
             folder = root / (found["kind"] or "") / found["name"] if found else root
+            if info and (folder / "gated").exists():
+                return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
             if info and folder.is_dir():
                 body = listing(folder) if "/tree/" in path else {"id": found["name"], "sha": COMMIT, "siblings": []}
                 return self.send(200, json.dumps(body).encode())
