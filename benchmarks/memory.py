@@ -95,12 +95,13 @@ def peak(
             logps.response_logps(model, rows, "cpu").sum().backward()
 
         with tracker:
-            backward(True)
-            optimizer.step()  # from here on the optimiser has its state
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()  # from here on the optimiser has its state, as after an update
             if sync_once:
                 optimizer.zero_grad()
                 backward(False)
-            backward(True)
+            backward(True)  # beside the gradients of an earlier pass
         return max(sum_of["Total"] for sum_of in tracker.get_tracker_snapshot("peak").values())
 
 
