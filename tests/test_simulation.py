@@ -1,6 +1,6 @@
 """The peak memory of training on GPUs, simulated by benchmarks/memory.py.
 
-python -m pytest tests/test_memory.py
+python -m pytest tests/test_simulation.py
 """
 
 import sys
@@ -30,9 +30,8 @@ def test_what_a_simulation_counts(small):
     # Weights, gradients and two moments in float32, divided among the processes; what else there is does not change.
     two, four = small(2), small(4)
     assert 16 * parameters / 4 < four and two - four == pytest.approx(16 * parameters * (1 / 2 - 1 / 4), rel=0.1)
-    assert small(4, reshard=False) > four + 2 * layer  # parameters of one more layer at least, in bfloat16
-    # Weights and moments divided, and all gradients whole until they are reduced.
-    assert small(4, sync_once=True) > (12 / 4 + 4) * parameters > four
+    # Moments and weights divided, and whole parameters in bfloat16 and gradients in float32 besides.
+    assert small(4, sharding="optimizer") > (12 / 4 + 2 + 4) * parameters > four
 
 
 @pytest.mark.parametrize("gradient_checkpointing, gib", [(False, 21), (True, 9)])
