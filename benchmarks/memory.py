@@ -177,7 +177,8 @@ def main(
         sharding: full, or optimizer: parameters and gradients are whole until the last pass of an update
     """
     numbers = [int(number) for number in split_list(ranks)]
-    print("| policy | tokens of a pair | checkpointing |" + "".join(f" {number} GPUs |" for number in numbers))
+    heads = "".join(f" {number} GPU{'s' if number > 1 else ''} |" for number in numbers)
+    print(f"| policy | tokens of a pair | checkpointing |{heads}")
     print("|" + "---|" * (3 + len(numbers)))
     for policy in split_list(policies):
         for length in map(int, split_list(lengths)):
