@@ -154,17 +154,18 @@ def main(
     sequence: int = 0,
     gradient_checkpointing: bool = False,
     micro_batch_tokens: int = 0,
-    rows: int = 512,
-    tile: int = 4096,
+    rows: int = 0,
+    tile: int = 0,
 ):
     """Measure and append to RESULTS.md.
 
     Args:
         micro_batch_tokens: of our log-probabilities, as the stage's flag
-        rows: positions of a block at the output layer
-        tile: vocabulary entries of a block
+        rows: positions of a block at the output layer; 0: as many as suit the device
+        tile: vocabulary entries of a block; likewise
     """
-    logps.ROWS, logps.TILE = rows, tile
+    blocks = {name: value for name, value in (("rows", rows), ("tile", tile)) if value}
+    logps.CPU, logps.GPU = logps.CPU._replace(**blocks), logps.GPU._replace(**blocks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     context = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
