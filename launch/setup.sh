@@ -122,6 +122,8 @@ fi
 
 if [[ -n ${SETUP_FOR:-} ]]; then
     flavour=$SETUP_FOR why="SETUP_FOR says so"
+elif [[ ${GPUS:-} == none && $(cat "$stamp" 2>/dev/null) != gpu* ]]; then
+    flavour=cpu why="GPUS=none says to use no GPU"  # but a .venv for GPUs is not thrown away for it
 elif [[ $(nvidia-smi -L 2>/dev/null) == *"GPU 0:"* ]]; then
     flavour=gpu why="nvidia-smi lists a GPU"
 else

@@ -171,7 +171,7 @@ def test_ddp_gives_the_losses_of_one_process(runs, one_process, capsys):
 
 
 def test_fsdp_shards_every_parameter_and_gathers_layer_by_layer(runs):
-    assert runs.float32.report["distributed_type"] == "FSDP"
+    assert runs.float32.report["distributed_type"] == "FSDP" and runs.float32.report["timeout"] == "2:00:00"
     for run in (runs.float32, runs.efficient, runs.logprobs, runs.untied):
         assert {"", "model.layers.0", "model.layers.1"} <= set(run.report["units"])
         shards = run.report["shards"]

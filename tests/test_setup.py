@@ -76,7 +76,16 @@ class Project:
         self.stamp = self.dir / ".venv/setup.stamp"
 
     def env(self, **settings):
-        ours = ("PYTHON", "PYTHON_BASE", "SETUP_FOR", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
+        ours = (
+            "PYTHON",
+            "PYTHON_BASE",
+            "SETUP_FOR",
+            "GPUS",
+            "CUDA_VISIBLE_DEVICES",
+            "VIRTUAL_ENV",
+            "CONDA_PREFIX",
+            "PYTHONPATH",
+        )
         env = {name: value for name, value in os.environ.items() if name not in ours}
         env["PATH"] = f"{self.bin}:{env['PATH']}"
         env["FAKE_CALLS"] = str(self.calls_path)
@@ -168,6 +177,14 @@ def test_setup_installs_the_gpu_packages_where_nvidia_smi_lists_one(project):
     # The same folder without a GPU is out of date.
     assert_made(project, project.setup(SETUP_FOR="cpu"))
     assert len(project.calls("-m pip install")) == 3
+
+
+def test_setup_for_no_gpu_installs_the_cpu_packages_but_replaces_no_others(project):
+    write_program(project.bin / "nvidia-smi", OLD_DRIVER)
+    for settings, made in (({"GPUS": "none"}, 1), ({"GPUS": "none"}, 1), ({}, 2), ({"GPUS": "none"}, 2)):
+        assert_made(project, project.setup(**settings))
+        installed = [call.split()[-1] for call in project.calls(" -r requirements")]
+        assert installed == ["requirements-cpu.txt", "requirements.txt"][:made]
 
 
 def test_setup_does_nothing_and_is_quick_when_up_to_date(project):

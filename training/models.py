@@ -56,8 +56,9 @@ def start_accelerator(seed: int, model_dir: str = "", **settings) -> Accelerator
 
 
 def gpu_memory() -> int:
-    """Bytes of a GPU, or 0 where there is none and accelerate uses no FSDP."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    """Bytes of this process's GPU, or 0 where there is none: accelerate then uses no FSDP."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.cuda.get_device_properties(local).total_memory if torch.cuda.is_available() else 0
 
 
 def shard_within_nodes(model_dir: str, memory: int) -> ParallelismConfig | None:

@@ -2,9 +2,10 @@
 
 They agree up to rounding, which adds up over the tokens of a response like a random walk, so what is allowed grows with
 the root of their number. In bfloat16 it is twice the largest difference over that root that `benchmarks/rounding.py`
-found with a real model on a CPU, where another layout of the batch is the only difference: an update has more responses,
-larger models have more layers that round, and a GPU has more kernels. In float32 it is some hundred times that, for
-kernels that compute with TF32. Another model differs by far more; a policy that is a small step away may not.
+found with a real model on a CPU, where another layout of the batch is the only difference: an update has more
+responses, larger models have more layers that round, and a GPU has more kernels. In float32 it is some hundred times
+the largest, for kernels that compute with TF32. Another model differs by far more; a policy that is a small step away
+may not.
 """
 
 import torch

@@ -17,6 +17,7 @@ JOBS.json: a list of
              distributed_type    str
              shards              parameter -> [shape, local shape] if it is sharded, else null
              mesh                of the processes, by the name of each dimension its size
+             timeout             with which they wait for each other
              units               names of the modules that are gathered one by one
              policies            their mixed precision, as text
              loaded_norms        of the embeddings before sharding, one a process
@@ -65,6 +66,7 @@ class FSDPAccelerator(Accelerator):
         norm = args[0].get_input_embeddings().weight.norm().item()
         prepared = super().prepare(*args)
         model = prepared[0] if isinstance(prepared, (tuple, list)) else prepared
+        seen["timeout"] = str(torch.distributed.group.WORLD._get_backend(self.device).options._timeout)
         seen["distributed_type"] = self.distributed_type.value
         seen["loaded_norms"] = gather_object([norm])
         seen["shards"] = {
