@@ -160,7 +160,7 @@ ROWS = [
     row("inpo", "duplicate-id", "in.jsonl | line 2 | prompt_id a | a second time", DATA, DATA),
     row("inpo", "empty-validation", "test.jsonl | is empty", files={"test.jsonl": []}, validation="{tmp}/test.jsonl"),
     row("inpo", "no-input", "input file . | is not a file", input=""),
-    row("inpo", "another-models-data", "{data} | log-probabilities | {reference} | {off} nats | 0.05 | get_logprobs.py",
+    row("inpo", "another-models-data", "{data} | {reference} | {off} nats | over {tokens} tokens | get_logprobs.py",
         model="{reference}", input="{data}", leaves=["ckpt"]),
     row("ipo", "vocabulary", "in.jsonl | prompt_id a | token 664 | vocabulary of 664",
         DATA | {"prompt_token_ids": [664]}),
