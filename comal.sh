@@ -165,7 +165,7 @@ train() {  # the next policy
     --gradient_checkpointing "$GRADIENT_CHECKPOINTING" \
     --select "$SELECT" \
     --eval_steps "$EVAL_STEPS" \
-    --save_steps "$SAVE_STEPS" \
+    --save_minutes "$SAVE_MINUTES" \
     --report_to "$REPORT_TO" \
     --seed "$(seed)"
 }

@@ -14,7 +14,7 @@ from typing import Any
 from data_utils import check_architecture, check_weights, model_fingerprint, resolve_model, resolve_tokenizer
 from utils import StageError, check_at_least, derive_seed, first_line
 from workers.journal import Skipped
-from workers.pool import PoolConfig
+from workers.pool import PoolConfig, no_cpu_engine
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -112,7 +112,8 @@ class Engine:
             float16 of a float32 checkpoint on some devices.
         rewards: the model is a sequence classifier; requests bring PoolingParams instead of SamplingParams.
 
-    Raises StageError if the model has fewer than `max_model_len` positions, or vLLM does not know its architecture.
+    Raises StageError if the model has fewer than `max_model_len` positions, vLLM does not know its architecture, or it
+    should run on a CPU and cannot.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class Engine:
                 "lower --max_prompt_tokens (of a policy also --max_new_tokens)"
             )
         on_gpu = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if not on_gpu and (reason := no_cpu_engine()):
+            raise StageError(reason)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if config.tensor_parallel_size == 1:

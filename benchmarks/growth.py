@@ -117,7 +117,7 @@ def stage_commands(policy, judge, folder, num_samples, max_new_tokens):
                 "1",
                 "--select",
                 "last",
-                "--save_steps",
+                "--save_minutes",
                 "0",
                 "--report_to",
                 "none",

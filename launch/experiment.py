@@ -242,7 +242,7 @@ def checkpoint_size() -> int:
 
 def resume_size(size: int) -> int:
     """Two resume points while one replaces the other, weights and two moments each."""
-    return 6 * size if int(state("SAVE_STEPS")) else 0
+    return 6 * size if float(state("SAVE_MINUTES")) else 0
 
 
 def check_disk() -> None:
@@ -255,8 +255,8 @@ def check_disk() -> None:
     if free < need:
         raise Refused(
             f"iteration {state('i')} needs about {need // MIB} MiB on the disk of {experiment()}, which has "
-            f"{free // MIB} MiB free. Free some; KEEP_CKPTS=last and SAVE_STEPS=0 need less; or make exps a link to a "
-            "larger disk."
+            f"{free // MIB} MiB free. Free some; KEEP_CKPTS=last and SAVE_MINUTES=0 need less; or make exps a link to "
+            "a larger disk."
         )
 
 

@@ -12,12 +12,15 @@ find_machines() {  # the arrays `launch`, which starts training, and `judge` and
   launch=("$PYTHON")
   [[ -z $only_prepare ]] || return 0  # also on a machine without the GPUs of the run
   local accelerate=("$PYTHON" -m accelerate.commands.launch --config_file fsdp_config.yaml)
-  local several=() gpu_list=() numbers=$GPUS gpu listed
-  listed=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,) || true
+  local several=() gpu_list=() numbers=$GPUS gpu listing listed uuids reason
+  listing=$(nvidia-smi -L 2>/dev/null) || listing=
+  listed=$(sed -nE 's/^GPU ([0-9]+):.*/\1/p' <<<"$listing" | paste -sd,)
+  uuids=$(sed -nE 's/.*\(UUID: ([^)]*)\).*/\1/p' <<<"$listing" | paste -sd,)  # of GPUs, and of their MIG instances
   if [[ $GPUS != auto && $GPUS != none && -z $plan ]]; then
     for gpu in ${GPUS//,/ }; do
-      [[ ,$listed, == *,$gpu,* ]] ||
-        die "GPUS=$GPUS names GPU $gpu, but nvidia-smi lists: ${listed:-none}; give numbers from there, auto or none"
+      [[ ,$listed,$uuids, == *,$gpu,* ]] ||
+        die "GPUS=$GPUS names GPU $gpu, but nvidia-smi lists: ${listed:-none}; give numbers or UUIDs of nvidia-smi -L, \
+auto or none"
     done
   fi
   if ((NODES > 1)); then
@@ -30,12 +33,23 @@ find_machines() {  # the arrays `launch`, which starts training, and `judge` and
   if gpus_present; then
     [[ $numbers != auto ]] || numbers=${CUDA_VISIBLE_DEVICES:-$listed}
     IFS=, read -ra gpu_list <<<"$numbers"
-    launch=(env "CUDA_VISIBLE_DEVICES=$numbers" "${accelerate[@]}" --num_processes $((NODES * ${#gpu_list[@]}))
-      "${several[@]}")
+    if [[ $numbers == *MIG-* && ${#gpu_list[@]} -gt 1 ]]; then
+      numbers=${gpu_list[0]} gpu_list=("${gpu_list[0]}")
+      say "comal.sh: training uses $numbers alone, because CUDA gives a process one MIG instance at most"
+    fi
+    # nvidia-smi's numbers, where CUDA's own order is by speed; and less fragmentation by batches of many lengths, which
+    # vLLM, whose stages this is not for, does not want everywhere.
+    launch=(env "CUDA_VISIBLE_DEVICES=$numbers" CUDA_DEVICE_ORDER=PCI_BUS_ID
+      "PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}"
+      "${accelerate[@]}" --num_processes $((NODES * ${#gpu_list[@]})) "${several[@]}")
     return
   fi
   [[ $RECIPE == demo || -n $plan || $GPUS == none ]] ||
     die "RECIPE=full, but no usable GPU was found; GPUS=none runs it on the CPU, with a small MODEL and JUDGE"
+  if [[ -z $plan ]]; then
+    reason=$("$PYTHON" -c "from workers.pool import no_cpu_engine; print(no_cpu_engine())") || exit 1
+    [[ -z $reason ]] || die "no GPU is used (GPUS=$GPUS), but $reason"
+  fi
   ((NODES == 1)) || launch=(env ACCELERATE_USE_CPU=true "${accelerate[@]}" --mixed_precision no
     --num_processes "$NODES" "${several[@]}")
   # Threads that spin while they wait cost a stage beside another busy process a factor of eight.
@@ -49,7 +63,8 @@ be_node_0() {  # .node0, until comal.sh has ended: a process of its own removes 
   id=$$-$(date +%s%N)
   echo "$id" >"$exp/.node0"
   # Until its parent is another one: a process that was killed can still be found for a while.
-  setsid bash -c 'while read -r _ _ _ parent _ </proc/$$/stat && ((parent == $1)); do sleep 1; done
+  setsid bash -c 'trap "" USR1
+    while read -r _ _ _ parent _ </proc/$$/stat && ((parent == $1)); do sleep 1; done
     if grep -qsx "$2" "$3"; then rm "$3"; fi' - $$ "$id" "$exp/.node0" </dev/null >/dev/null 2>&1 &
 }
 

@@ -76,16 +76,21 @@ clean() {  # OUTPUT...: a stage killed between its last rename and its end leave
   [[ -n $plan || $NODE_RANK -gt 0 ]] || for output in "$@"; do rm -f "$output.partial" "$output".*.partial; done
 }
 
-stop() {  # SIGNAL EXIT_CODE: end the running stage with all its processes
-  trap '' INT TERM HUP
+stop() {  # SIGNAL EXIT_CODE: end the running stage with all its processes; on USR1 when training has a resume point
+  local passed_on=TERM
+  trap '' USR1
+  if [[ $1 == SIGUSR1 ]]; then passed_on=USR1; else trap '' INT TERM HUP; fi
   if [[ -n $running ]]; then
-    kill -TERM "$running" 2>/dev/null || true
+    kill "-$passed_on" "$running" 2>/dev/null || true
     wait "$running" || true
   fi
   echo "comal.sh: $1 received, stopped; what is complete is kept, the same command goes on from there" >&2
   if [[ -n $journal ]]; then note "comal.sh: $1 received, stopped"; fi
+  # Of several nodes the first one tells: srun kills it, which may still be writing, when another one ends with an error.
+  if [[ $1 == SIGUSR1 && $NODE_RANK -gt 0 ]]; then exit 0; fi
   exit "$2"
 }
+trap 'stop SIGUSR1 138' USR1  # from a scheduler, before its time limit
 trap 'stop SIGINT 130' INT
 trap 'stop SIGTERM 143' TERM
 trap 'stop SIGHUP 129' HUP

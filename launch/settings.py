@@ -25,8 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FULL = (ROOT / "comal.sh", ROOT / "launch/settings.sh")
 DEMO = ROOT / "data/demo/settings.sh"
 
-# Old names and values, refused with the new one.
-RENAMED = {"GPUS_PER_WORKER": "TENSOR_PARALLEL_SIZE"}
+# Old names, refused with what became of them, and old values, refused with the new one.
+RENAMED = {
+    "GPUS_PER_WORKER": "is now called TENSOR_PARALLEL_SIZE",
+    "SAVE_STEPS": "has become SAVE_MINUTES, minutes of training between points where it can go on",
+}
 RENAMED_VALUES = {"JUDGE_TYPE": {"offsetbias-lm": "generative", "bt-mixture": "reward", "openai": "server"}}
 
 
@@ -90,7 +93,7 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         if name in RENAMED:
-            raise Refused(f"{name} is now called {RENAMED[name]}")
+            raise Refused(f"{name} {RENAMED[name]}")
         if not equals or name not in known:
             near = difflib.get_close_matches(name.upper().lstrip("-"), [*known, "PLAN", "PREPARE", "HELP"], 1, 0.6)
             near = [f"--{near[0].lower()}" if near[0] not in known else near[0]] if near else near
@@ -103,7 +106,7 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
             )
     for name in sorted(environment.keys() - known.keys()):
         if name in RENAMED:
-            raise Refused(f"{name} is in the environment, but it is now called {RENAMED[name]}")
+            raise Refused(f"{name} is in the environment, but it {RENAMED[name]}")
         near = difflib.get_close_matches(name, known, 1, 0.85)
         if near and len(name) >= 8 and difflib.SequenceMatcher(None, name, near[0]).ratio() > 0.9:
             raise Refused(f"{name} is in the environment; did you mean {near[0]}? If not, unset {name}")
@@ -133,13 +136,13 @@ WHOLE = {  # the least value
     **dict.fromkeys(
         ["GLOBAL_BATCH_SIZE", "MAX_LENGTH", "EVAL_EVERY", "TENSOR_PARALLEL_SIZE", "NODES", "MASTER_PORT"], 1
     ),
-    **dict.fromkeys(["NODE_RANK", "SEED", "MICRO_BATCH_TOKENS", "STALL_TIMEOUT", "SAVE_STEPS", "UPDATE_INTERVAL"], 0),
+    **dict.fromkeys(["NODE_RANK", "SEED", "MICRO_BATCH_TOKENS", "STALL_TIMEOUT", "UPDATE_INTERVAL"], 0),
     "EVAL_STEPS": 1,
     "FIRST_ITERATION": 0,
     "NUM_SAMPLES": 2,
 }
 NUMBERS = ("TAU_ETA_RATIO", "BETA", "TEMPERATURE", "TOP_P", "LEARNING_RATE", "WARMUP_RATIO", "MAX_GRAD_NORM")
-NUMBERS += ("EVAL_TEMPERATURE", "EVAL_TOP_P", "WEIGHT_DECAY")
+NUMBERS += ("EVAL_TEMPERATURE", "EVAL_TOP_P", "WEIGHT_DECAY", "SAVE_MINUTES")
 POSITIVE = ("LEARNING_RATE", "BETA", "TOP_P", "EVAL_TOP_P")
 AT_MOST_ONE = ("TOP_P", "EVAL_TOP_P", "WARMUP_RATIO")
 # What the results do not depend on; an experiment may go on with other values of these.
@@ -147,7 +150,7 @@ FREE = {"NAME", "ROUNDS", "RECIPE", "DEMO_MODELS", "API_BASE", "MICRO_BATCH_TOKE
 FREE |= {
     "EVAL_EVERY",
     "KL_FROM_START",
-    "SAVE_STEPS",
+    "SAVE_MINUTES",
     "KEEP_CKPTS",
     "REPORT_TO",
     "GPUS",

@@ -25,13 +25,13 @@ WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}  # of AdamW; at a learning rate of 5e-7 it ha
 MAX_GRAD_NORM=${MAX_GRAD_NORM:-0}  # gradients are clipped to this norm; 0: not at all
 GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false}  # true: less memory, a third more time
 EVAL_STEPS=${EVAL_STEPS:-500}  # updates between validations, besides those at each epoch's end
-SAVE_STEPS=${SAVE_STEPS:-200}  # updates between points where training can go on; 0: none
+SAVE_MINUTES=${SAVE_MINUTES:-10}  # minutes of training between points where it can go on; 0: none
 KEEP_CKPTS=${KEEP_CKPTS:-all}  # which checkpoints stay: all, rounds (the last of each) or last (what is still needed)
 REPORT_TO=${REPORT_TO:-tensorboard}  # training curves: tensorboard, wandb, both by comma, or none
 
 # Machines
 RECIPE=${RECIPE:-demo}  # full, or demo (data/demo/settings.sh); without it comal.sh takes full where it finds a GPU
-GPUS=${GPUS:-auto}  # auto, none, or physical numbers as nvidia-smi shows them: 0,2,3
+GPUS=${GPUS:-auto}  # auto, none, or numbers (0,2,3) or UUIDs as nvidia-smi -L shows them
 TENSOR_PARALLEL_SIZE=${TENSOR_PARALLEL_SIZE:-1}  # GPUs that share one vLLM engine
 ENGINE=${ENGINE:-local}  # of sampling and judging: local, or ray on a Ray cluster
 ON_ERROR=${ON_ERROR:-fail}  # a record that ends its workers: fail, or skip it and list it

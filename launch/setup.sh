@@ -15,7 +15,7 @@
 if [[ ${BASH_SOURCE[0]} != "$0" ]]; then
     # Sourced. The work is done in a process of its own, so that the caller's shell options, traps,
     # functions and working directory stay as they are.
-    PYTHON=$(PYTHON=${PYTHON:-} bash "${BASH_SOURCE[0]}") && export PYTHON
+    PYTHON=$(PYTHON=${PYTHON:-} GPUS=${GPUS:-} bash "${BASH_SOURCE[0]}") && export PYTHON
     return
 fi
 
@@ -60,6 +60,32 @@ print(*[name for name in sys.argv[1:] if find_spec(name) is None])' \
         torch transformers vllm accelerate datasets msgspec
 }
 
+# see_gpus PYTHON WHAT-IT-IS: where GPUs are to be used, torch has to see them. Everything installs where it does not,
+# and training would be the first to fail, after hours of sampling.
+see_gpus() {
+    local driver found remedy
+    [[ ${GPUS:-} != none && ${SETUP_FOR:-} != cpu && ! ${CUDA_VISIBLE_DEVICES-all} =~ ^(-1)?$ ]] || return 0
+    [[ $(nvidia-smi -L 2>/dev/null) == *"GPU 0:"* ]] || return 0
+    found=$("$1" -c '
+import sys, torch
+if torch.version.cuda is None:
+    sys.exit(f"torch {torch.__version__} is a build for the CPU")
+try:
+    torch.cuda.init()
+except Exception as error:
+    sys.exit(f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees none: {str(error).splitlines()[0]}")
+' 2>&1) && return
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
+    remedy="torch for CUDA 13 needs a driver of 580 or newer: update it, or name with PYTHON= an environment of your own
+with builds of torch and vLLM for an older CUDA."
+    [[ $found != *"for the CPU"* ]] ||
+        remedy="Install a build for CUDA (requirements.txt). Where pip has chosen this one by itself, see to its index
+(pip config list), and delete a .venv that setup.sh has made."
+    fail "nvidia-smi lists GPUs (driver ${driver:-unknown}), but in $2, $1:
+${found##*$'\n'}" "$remedy
+Or run on the CPU: SETUP_FOR=cpu"
+}
+
 # use PYTHON WHAT-IT-IS: run with this one, or say why not
 use() {
     local lacking
@@ -68,6 +94,7 @@ use() {
     [[ -z $lacking ]] || fail "$2, $1, lacks: $lacking" \
         "Install them there (requirements.txt has the versions; requirements-cpu.txt says how without a GPU),
 or let setup.sh make .venv: unset PYTHON, deactivate the environment, or delete a .venv of your own."
+    see_gpus "$1" "$2"
     say "$2 is used, nothing is installed: $1"
     echo "$1"
     exit 0
@@ -95,6 +122,8 @@ fi
 
 if [[ -n ${SETUP_FOR:-} ]]; then
     flavour=$SETUP_FOR why="SETUP_FOR says so"
+elif [[ ${GPUS:-} == none && $(cat "$stamp" 2>/dev/null) != gpu* ]]; then
+    flavour=cpu why="GPUS=none says to use no GPU"  # but a .venv for GPUs is not thrown away for it
 elif [[ $(nvidia-smi -L 2>/dev/null) == *"GPU 0:"* ]]; then
     flavour=gpu why="nvidia-smi lists a GPU"
 else
@@ -124,6 +153,7 @@ up_to_date() {
 }
 
 finish() {
+    see_gpus "$own" "the environment made here"
     say "$1"
     echo "$own"
     exit 0

@@ -8,7 +8,9 @@
 # .venv (pip install ray) sampling and judging use the GPUs of all nodes too, otherwise those of the first.
 # Where the nodes have no network, fetch everything before, on a login node: SETUP_FOR=gpu RECIPE=full bash comal.sh
 # --prepare; then export HF_HUB_OFFLINE=1.
-# Submitted again, also after a time limit, it goes on where it stopped. What it prints: exps/slurm-JOB.out.
+# Submitted again, also after a time limit, it goes on where it stopped. Ten minutes before the limit SLURM sends SIGUSR1:
+# training then writes a resume point and ends. REQUEUE=true sbatch ... submits the job again by itself.
+# What it prints: exps/slurm-JOB.out.
 # On nodes without GPUs: sbatch --gpus-per-node=0, with GPUS=none.
 #SBATCH --job-name=comal
 #SBATCH --nodes=2
@@ -16,7 +18,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --time=2-00:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=exps/slurm-%j.out
 set -Eeuo pipefail
@@ -42,4 +45,10 @@ while sum(node['Alive'] for node in ray.nodes()) < $SLURM_JOB_NUM_NODES: time.sl
 fi
 
 # One node that fails ends the others; without that they would wait for it.
-srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash comal.sh "$@"
+code=0
+srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash comal.sh "$@" || code=$?
+if ((code == 138)) && [[ ${REQUEUE-} == true ]]; then  # 128 + SIGUSR1
+  echo "slurm.sh: stopped before the time limit; the job is queued again and will go on there"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

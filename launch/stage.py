@@ -15,6 +15,10 @@ No process of a stage outlives it, in whatever way it ends:
   (PR_SET_PDEATHSIG), and ends the stage.
 - This process is killed with SIGKILL: the kernel kills the stage itself (PR_SET_PDEATHSIG). Its workers, and the
   processes of their engines, end by their own means (workers/), as they do when a stage is run by hand and killed.
+
+SIGUSR1 asks for an end without hurry: it is passed on to the processes of the stage that handle it, which are those of
+training (training/checkpoints.py), and they end when a resume point is written. A stage that has none is ended as by
+SIGTERM. All processes of a stage begin with SIGUSR1 ignored, since SLURM sends it to every process of a job.
 """
 
 from __future__ import annotations
@@ -133,6 +137,7 @@ def start(command: list[str], log: Log, show: bool) -> subprocess.Popen:
         if os.getppid() != parent:  # it was killed before the kernel was asked
             os._exit(1)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # bash has it ignored in what it starts with &
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     parent = os.getpid()
     seconds = "1" if sys.stdout.isatty() else "30"
@@ -147,18 +152,36 @@ def start(command: list[str], log: Log, show: bool) -> subprocess.Popen:
     )
 
 
+def parents() -> dict[int, int]:
+    """{process: its parent} of this machine."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as file:
+                found[int(entry)] = int(file.read().rpartition(b")")[2].split()[1])
+    return found
+
+
 def children() -> list[int]:
     """The living children of this process, those that it inherited included; dead ones are reaped."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as file:
-                if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
-                    found.append(int(entry))
-    return found
+    return [pid for pid, parent in parents().items() if parent == os.getpid()]
+
+
+def ask_to_finish() -> bool:
+    """SIGUSR1 to the processes of the stage that handle it; returns whether there are any."""
+    tree, stage, asked = parents(), {os.getpid()}, False
+    while more := {pid for pid, parent in tree.items() if parent in stage} - stage:
+        stage |= more
+    for pid in stage - {os.getpid()}:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8") as file:
+            handled = int(file.read().partition("SigCgt:")[2].split()[0], 16)  # a bit a signal, the first for signal 1
+            if handled >> (signal.SIGUSR1 - 1) & 1:
+                os.kill(pid, signal.SIGUSR1)
+                asked = True
+    return asked
 
 
 def is_tracker(pid: int) -> bool:
@@ -187,7 +210,7 @@ def watch(child: subprocess.Popen, log: Log, screen: Screen) -> int:
             break
         except subprocess.TimeoutExpired:
             screen.update(log.newest_progress() if screen.live else "")
-        if received and asked is None:
+        if received and asked is None and not (received[-1] == signal.SIGUSR1 and ask_to_finish()):
             asked = time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)
@@ -216,7 +239,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> int:
     options, command = read_arguments()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
     prctl(SET_CHILD_SUBREAPER, 1)
     prctl(SET_PDEATHSIG, signal.SIGTERM)

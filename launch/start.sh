@@ -34,8 +34,9 @@ for name in "${SETTINGS[@]}"; do [[ -z ${!name:-} ]] || given+=("$name"); done
 
 # Which recipe, and why
 gpus_present() {
-  [[ ${GPUS:-auto} != none && ${CUDA_VISIBLE_DEVICES-unset} != "" && -n $(nvidia-smi -L 2>/dev/null) ]]
+  [[ ${GPUS:-auto} != none && ! ${CUDA_VISIBLE_DEVICES-all} =~ ^(-1)?$ && -n $(nvidia-smi -L 2>/dev/null) ]]
 }
+if [[ ${SETUP_FOR:-} == cpu ]]; then GPUS=${GPUS:-none}; fi  # its packages see no GPU
 if [[ -n ${RECIPE:-} ]]; then
   reason="RECIPE=$RECIPE says so"
 elif [[ ${GPUS:-auto} == none ]]; then
@@ -43,7 +44,7 @@ elif [[ ${GPUS:-auto} == none ]]; then
 elif [[ -z $(nvidia-smi -L 2>/dev/null) ]]; then
   RECIPE=demo reason="nvidia-smi lists no GPU"
 elif ! gpus_present; then
-  RECIPE=demo reason="CUDA_VISIBLE_DEVICES is empty"
+  RECIPE=demo reason="CUDA_VISIBLE_DEVICES names none"
 else
   RECIPE=full reason="nvidia-smi lists a GPU"
 fi

@@ -20,9 +20,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is first import
 
 
 def pytest_collection_modifyitems(items):
-    """The files with the most slow tests come first: then two processes end at about the same time."""
+    """The files with the most slow tests come first: then two processes end at about the same time. What needs vLLM on
+    the CPU is skipped where only a build for GPUs is installed."""
+    from workers.pool import no_cpu_engine
+
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+    reason = no_cpu_engine()
+    for item in items if reason else ():
+        if item.get_closest_marker("cpu_engine"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -146,7 +146,7 @@ def main():
         "ROUNDS": "1",
         "SPLITS": str(options.iterations),
         "EVAL_EVERY": str(options.iterations),
-        "SAVE_STEPS": "10",
+        "SAVE_MINUTES": "0.05",
     }
     folder, log = ROOT / "exps" / f"faults-{mark}", ROOT / "exps" / f"faults-{mark}.log"
     plain = folder / "plain"

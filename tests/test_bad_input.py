@@ -14,17 +14,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.damage import half_the_weights, narrower, one_tensor, only_bin, remove, replace
 from helpers.examples import CHAT, DATA, END, PAIR, PROMPT, SAMPLES, SCORES, TEXTS, but, content, message, sample
 from helpers.stages import STAGES, context_fixture, places_fixture, stage_fixture  # noqa: F401
 from helpers.training import read
 
 from utils import fingerprint
-
-on_cpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="these stages run without GPUs, which vLLM's GPU build cannot"
-)
 
 
 def check_refused(stage, done, name, code, expected):
@@ -165,7 +160,7 @@ ROWS = [
     row("inpo", "duplicate-id", "in.jsonl | line 2 | prompt_id a | a second time", DATA, DATA),
     row("inpo", "empty-validation", "test.jsonl | is empty", files={"test.jsonl": []}, validation="{tmp}/test.jsonl"),
     row("inpo", "no-input", "input file . | is not a file", input=""),
-    row("inpo", "another-models-data", "{data} | log-probabilities | {reference} | {off} nats | 0.05 | get_logprobs.py",
+    row("inpo", "another-models-data", "{data} | {reference} | {off} nats | over {tokens} tokens | get_logprobs.py",
         model="{reference}", input="{data}", leaves=["ckpt"]),
     row("ipo", "vocabulary", "in.jsonl | prompt_id a | token 664 | vocabulary of 664",
         DATA | {"prompt_token_ids": [664]}),
@@ -408,7 +403,7 @@ def test_log_probabilities_of_some_pairs_do_not_matter(stage):  # KeyError
 
 
 @pytest.mark.slow
-@on_cpu
+@pytest.mark.cpu_engine
 def test_long_prompts_are_skipped_and_special_spellings_stay_text(stage, setting):
     """One start of the engine: a file with one prompt of 100,000 tokens among others, and a file with nothing else."""
     spelling = "<|im_end|>\n<|im_start|>assistant\nsea<|im_end|>"
@@ -439,7 +434,7 @@ def test_long_prompts_are_skipped_and_special_spellings_stay_text(stage, setting
 
 
 @pytest.mark.slow
-@on_cpu
+@pytest.mark.cpu_engine
 def test_compare_takes_responses_without_token_ids(stage):  # KeyError when all is judged
     """As the docstring of eval.py says; the second and last engine of this file."""
     (stage.folder / "baseline.jsonl").write_bytes(content([PROMPT | {"samples": [{"text": "city"}]}]))

@@ -5,6 +5,7 @@ python -m pytest tests/test_checkpoints.py
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def test_an_output_that_holds_other_things_is_never_replaced(train, setting, tmp
 # ---------------------------------------------------------------------------------------------- stopped and resumed
 
 
-# Eight updates of six and five pairs; a resume point after each third one, a validation after each second one.
+# Eight updates of six and five pairs; a resume point after each one, a validation after each second one.
 RESUMED = dict(
     eta=ETA,
     tau_eta_ratio=R,
@@ -131,8 +132,10 @@ RESUMED = dict(
     num_epochs=4,
     learning_rate=3e-5,
     max_grad_norm=1.0,
-    save_steps=3,
+    save_minutes=1e-9,
 )
+SELDOM = {"save_minutes": 60}  # then only where the validation loss is the lowest so far
+
 LINES = 12  # of metrics.jsonl: 8 updates, 4 validations
 UNFINISHED = {"metrics.jsonl", "training.json", "tensorboard"}
 
@@ -187,7 +190,7 @@ def undisturbed(setting, tmp_path_factory):
         ("last", "last", setting.data),
     ):
         flags = dict(model=setting.policy, input=setting.data, validation=validation, select=select)
-        run_here(inpo.main, **(RESUMED | flags | {"output": str(directory / name), "save_steps": 0}))
+        run_here(inpo.main, **(RESUMED | flags | {"output": str(directory / name), "save_minutes": 0}))
         runs[name] = SimpleNamespace(flags=flags, output=directory / name)
     return runs
 
@@ -231,12 +234,14 @@ def stopped(train, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["best", "swapped"])
-@pytest.mark.parametrize("method, count", [("save_resume_point", 2), ("tidy", 2), ("update", 6)])
-def test_a_stop_between_any_two_files_is_mended(undisturbed, train, stopped, tmp_path, name, method, count):
-    # Before the resume point that would know the newest best weights; before what it replaces is removed; and between
-    # two.
+@pytest.mark.parametrize(
+    "method, count, often", [("save_resume_point", 2, {}), ("tidy", 2, {}), ("update", 6, {}), ("update", 6, SELDOM)]
+)
+def test_a_stop_between_any_two_files_is_mended(undisturbed, train, stopped, tmp_path, name, method, count, often):
+    # Before the resume point that would know the newest best weights; before what it replaces is removed; right after
+    # one; and where updates have to be made again.
     run = undisturbed[name]
-    stopped(method, count, **run.flags)
+    stopped(method, count, **(run.flags | often))
     assert list((tmp_path / "ckpt").glob("best-*")) and not (tmp_path / "ckpt/DONE").exists()
     (tmp_path / "ckpt/resume.tmp").mkdir()
     (tmp_path / "ckpt/training.json.tmp").write_text("{")
@@ -264,14 +269,57 @@ def test_a_stop_between_the_weights_and_the_marker_is_mended(undisturbed, train,
 
 def test_only_the_newest_resume_point_and_the_best_weights_are_kept(undisturbed, stopped, tmp_path):
     stopped("update", 8, **undisturbed["swapped"].flags)
-    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == UNFINISHED | {"resume-6", "best-2"}
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == UNFINISHED | {"resume-7", "best-2"}
+
+
+def test_resume_points_come_by_elapsed_time(undisturbed, stopped, tmp_path, monkeypatch):
+    # Each update takes 25 seconds by this clock: the minute is over after the third and after the sixth one.
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("training.checkpoints.time", SimpleNamespace(monotonic=lambda: clock.now))
+    original, points = Trainer.update, []
+
+    def update(self, *args):
+        points.append(sorted(path.name for path in (tmp_path / "ckpt").glob("resume-*")))
+        clock.now += 25
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    stopped("update", 8, **(undisturbed["last"].flags | {"save_minutes": 1}))
+    assert points == [[]] * 3 + [["resume-3"]] * 3 + [["resume-6"]]
+
+
+def tell_before(monkeypatch, step):
+    """SIGUSR1 to this process while it makes the update after `step`."""
+    original = Trainer.update
+
+    def update(self, at, indices):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, at, indices)
+
+    monkeypatch.setattr(Trainer, "update", update)
+
+
+def test_a_run_that_is_told_to_stop_leaves_a_resume_point(undisturbed, train, tmp_path, monkeypatch):
+    run, flags = undisturbed["best"], RESUMED | undisturbed["best"].flags | SELDOM
+    with monkeypatch.context() as patch:
+        tell_before(patch, 4)
+        with pytest.raises(StageError, match=r"told to stop \(SIGUSR1\): .*ckpt has a resume point after update 5;"):
+            train(**flags)
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == UNFINISHED | {"resume-5", "best-4"}
+    check_same_result(train(**flags), run.output)
+
+
+def test_a_run_that_is_told_to_stop_in_its_last_update_finishes(undisturbed, train, monkeypatch):
+    tell_before(monkeypatch, 7)
+    check_same_result(train(**(RESUMED | undisturbed["last"].flags | SELDOM)), undisturbed["last"].output)
 
 
 def test_without_resume_points_training_begins_again(undisturbed, train, stopped, tmp_path):
     run = undisturbed["best"]
-    stopped("update", 6, **(run.flags | {"save_steps": 0}))
+    stopped("update", 6, **(run.flags | {"save_minutes": 0}))
     assert {path.name for path in (tmp_path / "ckpt").iterdir()} == UNFINISHED | {"best-4"}
-    check_same_result(train(**(RESUMED | run.flags | {"save_steps": 0})), run.output)
+    check_same_result(train(**(RESUMED | run.flags | {"save_minutes": 0})), run.output)
 
 
 def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(
@@ -297,7 +345,7 @@ def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(
     assert {path.name for path in (tmp_path / "ckpt").iterdir()} == before
     # The same contents elsewhere, and settings that the result does not depend on.
     moved = write(tmp_path / "moved.jsonl", setting.records)
-    train(**(again | {"input": moved, "micro_batch_tokens": 99, "save_steps": 0, "gradient_checkpointing": True}))
+    train(**(again | {"input": moved, "micro_batch_tokens": 99, "save_minutes": 0, "gradient_checkpointing": True}))
     assert column(tmp_path / "ckpt", "step")[-1] == 8
 
 
@@ -341,10 +389,10 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_later(undisturbed, train, 
         pytest.skip("may not mount a small file system")
     printed, left = done.stdout.split("exit code ")
     assert (
-        "resume-3 could not be saved: " in printed and "MiB free there); free some space and start again: " in printed
+        "resume-2 could not be saved: " in printed and "MiB free there); free some space and start again: " in printed
     )
-    assert "all up to update 2 is kept" in printed and "Traceback" not in printed
-    assert left == "1: best-2 metrics.jsonl resume-2 tensorboard training.json\n"
+    assert "all up to update 1 is kept" in printed and "Traceback" not in printed
+    assert left == "1: best-2 metrics.jsonl resume-1 tensorboard training.json\n"
     caplog.set_level(logging.INFO)
     check_same_result(train(output="disk-result", **(RESUMED | run.flags)), run.output)
-    assert "resuming after step 2 of 8" in caplog.text
+    assert "resuming after step 1 of 8" in caplog.text

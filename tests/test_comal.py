@@ -351,6 +351,7 @@ def test_a_setting_that_is_not_in_run_json_had_its_default(loop):
         del old[name]
     del old["WEIGHT_DECAY"], old["EVAL_TOP_P"]  # which were 0 and TOP_P
     old["JUDGE_TYPE"] = "offsetbias-lm"  # as generative judges were called
+    old["SAVE_STEPS"] = "200"  # a setting that does not exist any more
     path.write_text(json.dumps(old))
     assert loop.run(**one)[1] == 0
     assert json.loads(path.read_text())["TRAINER"] == "inpo"
@@ -398,6 +399,7 @@ def test_arguments_come_before_the_environment(loop):
         (["--prepair"], {}, "unknown argument --prepair. Did you mean --prepare?"),
         (["PATH=/"], {}, "unknown argument PATH=/"),
         (["GPUS_PER_WORKER=2"], {}, "GPUS_PER_WORKER is now called TENSOR_PARALLEL_SIZE"),
+        (["SAVE_STEPS=9"], {}, "SAVE_STEPS has become SAVE_MINUTES, minutes of training between points where it can"),
         (
             [],
             {"GPUS_PER_WORKER": "2"},
@@ -437,7 +439,7 @@ def test_the_disk_is_checked(loop):
         ("EVAL_EVERY=0", "EVAL_EVERY=0 should be a whole number, at least 1"),
         ("NUM_SAMPLES=1", "NUM_SAMPLES=1 should be a whole number, at least 2"),
         ("UPDATE_INTERVAL=six", "UPDATE_INTERVAL=six should be a whole number, at least 0"),
-        ("SAVE_STEPS=x", "SAVE_STEPS=x should be a whole number, at least 0"),
+        ("SAVE_MINUTES=x", "SAVE_MINUTES=x should be a number, 0 or more"),
         ("EVAL_STEPS=0", "EVAL_STEPS=0 should be a whole number, at least 1"),
         (
             "FIRST_ITERATION=06",
@@ -493,6 +495,69 @@ def test_a_wrong_setting_is_refused_at_once(loop):
 def test_what_does_not_exist_is_refused(loop, setting, message):
     output, code = loop.run(setting)
     assert code == 1 and message in output and not loop.exps.exists(), output
+
+
+LISTING = """#!/bin/sh
+echo 'GPU 0: NVIDIA A100 (UUID: GPU-0a)'
+echo 'GPU 1: NVIDIA A100 (UUID: GPU-1b)'
+echo '  MIG 3g.20gb     Device  0: (UUID: MIG-2c)'
+echo '  MIG 3g.20gb     Device  1: (UUID: MIG-3d)'
+"""
+
+
+@pytest.fixture
+def two_gpus(tmp_path):
+    """Settings of a machine with two GPUs, the second one with two MIG instances."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvidia-smi").write_text(LISTING)
+    (tmp_path / "bin/nvidia-smi").chmod(0o755)
+    return {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+@pytest.mark.parametrize(
+    "settings, visible",
+    [
+        ({}, "0,1"),
+        ({"GPUS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:9"}, "1"),
+        ({"GPUS": "GPU-1b,0"}, "GPU-1b,0"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-0a,GPU-1b"}, "GPU-0a,GPU-1b"),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-3d"}, "MIG-3d"),
+        ({"GPUS": "MIG-2c,MIG-3d"}, "MIG-2c"),
+    ],
+)
+def test_training_gets_the_gpus_that_are_named(loop, two_gpus, settings, visible):
+    plan, code = loop.run("--plan", **(two_gpus | settings))
+    environment = f"CUDA_VISIBLE_DEVICES={visible} CUDA_DEVICE_ORDER=PCI_BUS_ID "
+    environment += f"PYTORCH_ALLOC_CONF={settings.get('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')}"
+    command = rf"^env {environment} .* --num_processes {len(visible.split(','))} inpo.py "
+    assert code == 0 and re.search(command, plan, re.M), plan
+    assert ("training uses MIG-2c alone" in plan) == (visible == "MIG-2c")
+
+
+def test_gpus_are_named_as_nvidia_smi_lists_them(loop, two_gpus):
+    message = "nvidia-smi lists: 0,1; give numbers or UUIDs of nvidia-smi -L, auto or none"
+    for wrong in ("2", "GPU-1", "0,MIG-9"):
+        output, code = loop.run(GPUS=wrong, **two_gpus)
+        assert code == 1 and message in output, output
+    assert not loop.exps.exists()
+    output, code = loop.run(GPUS="MIG-3d", ROUNDS="1", SPLITS="1", **two_gpus)
+    assert code == 0 and "--gpus MIG-3d" in (loop.exps / "run/iter0/logs/sampling.log").read_text(), output
+
+
+def test_a_vllm_for_gpus_is_refused_at_once_where_none_is_used(loop, tmp_path):
+    (tmp_path / "vllm-0.32.0.dist-info").mkdir()
+    (tmp_path / "vllm-0.32.0.dist-info/METADATA").write_text("Name: vllm\nVersion: 0.32.0\n")
+    output, code = loop.run(PYTHON=sys.executable, PYTHONPATH=str(tmp_path), GPUS="none")
+    message = (
+        r"no GPU is used \(GPUS=none\), but vLLM 0.32.0 of \S+ is a build for GPUs and cannot run on a CPU; SETUP_FOR"
+    )
+    assert code == 1 and re.search(message, output) and not loop.exps.exists(), output
+
+
+def test_packages_for_the_cpu_use_no_gpu(loop, two_gpus):
+    plan, code = loop.run("--plan", RECIPE="", SETUP_FOR="cpu", **two_gpus)
+    assert code == 0 and "the demo (two tiny models, minutes on a CPU), because GPUS=none" in plan, plan
+    assert "--gpus none" in plan and "CUDA_VISIBLE_DEVICES" not in plan
 
 
 def test_every_setting_is_checked_for_what_it_is():

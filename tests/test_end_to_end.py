@@ -184,6 +184,7 @@ def test_comal_uses_the_gpus(finished):
 
 
 @pytest.mark.skipif(ON_GPU, reason="on GPUs vLLM's arithmetic depends on the batch")
+@pytest.mark.cpu_engine
 def test_sampling_does_not_depend_on_workers_or_chunks(models, tmp_path):
     source = models / "prompts/train_0.jsonl"
     flags = [

@@ -29,7 +29,7 @@ def test_comal_killed_at_random_moments_gives_the_same_files(folder, demo_models
         "DEMO_MODELS": str(demo_models),
         "ROUNDS": "1",
         "SPLITS": "1",
-        "SAVE_STEPS": "2",
+        "SAVE_MINUTES": "0.005",
         "MAX_JUDGE_TOKENS": "1000",
     }
     with open(folder / "log", "ab") as log:

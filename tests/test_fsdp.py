@@ -12,7 +12,7 @@ from helpers.training import (
     FLOAT32,
     LOGP_FIELDS,
     column,
-    launch_two,
+    launch_several,
     load,
     read,
     relative_difference,
@@ -82,16 +82,16 @@ def check_against_one_process(name, output, expected, capsys):
     assert weights < 1e-6  # measured: 7e-8, where the four updates moved them by up to 9e-5
 
 
-# inpo.py, ended in both processes before the fourth update.
+# inpo.py, whose second process alone is told to stop, in the third of four updates.
 STOPPED = """
-import runpy
+import os, runpy, signal
 from training.trainer import Trainer
-from utils import StageError
 
 def update(self, step, indices):
-    if step == 3:
-        print(f"{len(list(self.checkpoints.output.glob('resume-3/*/*.distcp')))} shards")
-        raise StageError("stopped")
+    global output
+    output = self.checkpoints.output
+    if step == 2 and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
     return original(self, step, indices)
 
 original, Trainer.update = Trainer.update, update
@@ -99,6 +99,7 @@ try:
     runpy.run_path("inpo.py", run_name="__main__")
 finally:
     Trainer.update = original
+    print(f"{len(list(output.glob('resume-3/*/*.distcp')))} shards")
 """
 
 
@@ -140,9 +141,9 @@ def runs(setting, outputs):
     stopped = outputs / "stopped.py"
     stopped.write_text(STOPPED)
     for select in ("best", "last"):
-        for name, script, save_steps in ((f"whole_{select}", "inpo.py", 0), (f"stopped_{select}", stopped, 1)):
-            job(name, script, flags(setting, select=select, save_steps=save_steps))
-        job(f"resumed_{select}", "inpo.py", flags(setting, select=select, save_steps=1))
+        for name, script, save_minutes in ((f"whole_{select}", "inpo.py", 0), (f"stopped_{select}", stopped, 60)):
+            job(name, script, flags(setting, select=select, save_minutes=save_minutes))
+        job(f"resumed_{select}", "inpo.py", flags(setting, select=select, save_minutes=60))
         jobs[-1]["argv"][-1] = outputs / f"stopped_{select}"
     job(
         "untied", "mle.py", dict(model=untied_model, input=chats, global_batch_size=8, num_epochs=1, learning_rate=3e-5)
@@ -154,7 +155,7 @@ def runs(setting, outputs):
     )
     job("refused", "inpo.py", flags(setting, input=one_off, global_batch_size=11))
     (outputs / "jobs.json").write_text(json.dumps(jobs, default=str))
-    runs.printed = launch_two("tests/helpers/fsdp_on_cpu.py", outputs / "jobs.json").stdout
+    runs.printed = launch_several(2, "tests/helpers/fsdp_on_cpu.py", outputs / "jobs.json").stdout
     for run in vars(runs).values():
         if hasattr(run, "report"):
             run.report = json.loads(run.report.read_text())
@@ -170,7 +171,7 @@ def test_ddp_gives_the_losses_of_one_process(runs, one_process, capsys):
 
 
 def test_fsdp_shards_every_parameter_and_gathers_layer_by_layer(runs):
-    assert runs.float32.report["distributed_type"] == "FSDP"
+    assert runs.float32.report["distributed_type"] == "FSDP" and runs.float32.report["timeout"] == "2:00:00"
     for run in (runs.float32, runs.efficient, runs.logprobs, runs.untied):
         assert {"", "model.layers.0", "model.layers.1"} <= set(run.report["units"])
         shards = run.report["shards"]
@@ -276,6 +277,7 @@ def test_fsdp_bfloat16_reduces_and_returns_float32(runs, setting, capsys):
 def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(runs, outputs, select):
     whole, stopped, resumed = (getattr(runs, f"{name}_{select}") for name in ("whole", "stopped", "resumed"))
     assert stopped.report["exit_codes"] == [1, 1] and resumed.report["exit_codes"] == [0, 0]
+    assert runs.printed.count("has a resume point after update 3; the same command goes on there") == 4
     assert runs.printed.count("resuming after step 3 of 4") == 2
     assert (
         runs.printed.count("4 shards") == 4
@@ -296,3 +298,43 @@ def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(runs, outputs, select):
 def test_fsdp_refuses_in_all_processes_what_one_of_them_has_seen(runs):
     assert runs.refused.report["exit_codes"] == [1, 1] and "by up to 1 nats" in runs.printed
     assert runs.float32.report["exit_codes"] == [0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- two nodes
+
+
+@pytest.fixture(scope="module")
+def nodes(setting, outputs):
+    """inpo.py in four processes, as of two nodes with two each: stopped after the third update, and then to its end;
+    the `output`, the `reports` and all that was `printed`."""
+    folder = outputs / "nodes"
+    folder.mkdir()
+    (folder / "stopped.py").write_text(STOPPED)
+    jobs = [
+        {
+            "script": script,
+            "argv": words(**flags(setting, save_minutes=60, output=folder / "ckpt")),
+            "report": folder / f"{number}.json",
+            "fsdp": True,
+            "env": {"LOCAL_WORLD_SIZE": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": True},
+        }
+        for number, script in enumerate((folder / "stopped.py", "inpo.py"))
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
+    printed = launch_several(4, "tests/helpers/fsdp_on_cpu.py", folder / "jobs.json").stdout
+    reports = [json.loads(job["report"].read_text()) for job in jobs]
+    return SimpleNamespace(output=folder / "ckpt", reports=reports, printed=printed)
+
+
+def test_nodes_hold_the_whole_model_each(nodes):
+    assert "sharded within each of 2 nodes, replicated between them" in nodes.printed
+    for report in nodes.reports:
+        assert list(report["mesh"].values()) == [2, 2] and "replicate" in min(report["mesh"])
+        (rows, *rest), local = report["shards"]["model.embed_tokens.weight"]
+        assert local == [rows // 2, *rest]
+
+
+def test_nodes_give_the_losses_and_the_checkpoint_of_one_process(nodes, one_process, capsys):
+    assert [report["exit_codes"] for report in nodes.reports] == [[1] * 4, [0] * 4]
+    assert nodes.printed.count("resuming after step 3 of 4") == 1  # the first process says it
+    check_against_one_process("two nodes", nodes.output, one_process, capsys)

@@ -198,6 +198,7 @@ def score(source, output, *flags, check=True, **environment):
     return done.stdout
 
 
+@pytest.mark.cpu_engine
 def test_a_mixture_of_reward_models(reward_models, jsonl, tmp_path):
     records = samples(3)
     source, output = jsonl("samples.jsonl", *records), tmp_path / "scores.jsonl"
@@ -295,6 +296,7 @@ def wait_for_server(process, port, log):
     raise AssertionError("the server does not start: " + open(log).read()[-3000:])
 
 
+@pytest.mark.cpu_engine
 def test_a_server_that_is_killed_and_comes_back(demo_models, jsonl, tmp_path):
     judge, log = demo_models / "judge", f"{demo_models / 'judge'}.server.log"
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""Dealing examples to forward passes and processes, and what tells a model from another.
+"""Dealing examples to forward passes and processes, models to nodes, and what tells a model from another.
 
 python -m pytest tests/test_models.py
 """
@@ -12,7 +12,7 @@ import torch
 from helpers.training import load, run_here
 
 from data_utils import model_fingerprint
-from training.models import local_batches, micro_batches, start_accelerator
+from training.models import count_parameters, local_batches, micro_batches, shard_within_nodes, start_accelerator
 
 
 def test_micro_batches_hold_what_fits_longest_first():
@@ -68,3 +68,17 @@ mount -o remount,size=100m "$directory" || exit 77
 "$@"; echo "second exit code $?"
 cp -r "$directory/ckpt" "$directory-result"
 """
+
+
+@pytest.mark.parametrize(
+    "processes, here, spare, expected",
+    [("16", "8", 1, (2, 8)), ("16", "8", -1, None), ("8", "8", 1, None), ("2", "1", 1, None)],
+)
+def test_nodes_hold_the_whole_model_where_it_fits(setting, monkeypatch, processes, here, spare, expected):
+    count = load(setting.policy).num_parameters()
+    assert count_parameters(setting.policy) == count
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    # Half of the memory holds 16 bytes for each parameter of this process's share, and a byte to spare, or lacks one.
+    found = shard_within_nodes(setting.policy, 2 * (16 * count // int(here) + spare))
+    assert (found and (found.dp_replicate_size, found.dp_shard_size)) == expected

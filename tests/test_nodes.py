@@ -15,7 +15,7 @@ import uuid
 import pytest
 from helpers.loop import ROOT, default_signals, environment, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cpu_engine]
 
 SETTINGS = {
     "RECIPE": "demo",

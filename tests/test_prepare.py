@@ -168,6 +168,7 @@ def test_there_is_no_network_in_a_namespace_of_its_own():
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_engine
 def test_a_run_that_goes_on_from_checkpoints_needs_no_network(comal, cache):
     """The last iteration of a round from a policy and a reference of the Hub's cache, with real engines."""
     if subprocess.run([*WITHOUT_NETWORK, "true"], capture_output=True).returncode:

@@ -68,6 +68,7 @@ def wait_for(condition, process, seconds=180):
         time.sleep(0.05)
 
 
+@pytest.mark.cpu_engine
 def test_an_actor_and_a_node_are_lost(cluster, demo_models, tmp_path):
     prompts = list(
         dict.fromkeys(
@@ -117,6 +118,7 @@ def test_an_actor_and_a_node_are_lost(cluster, demo_models, tmp_path):
     assert there.read_bytes() == here.read_bytes()
 
 
+@pytest.mark.cpu_engine
 def test_scoring_with_what_is_left_of_the_cluster(cluster, demo_models, tmp_path):
     source = tmp_path / "samples.jsonl"
     with open(demo_models / "prompts/test.jsonl", encoding="utf-8") as file:

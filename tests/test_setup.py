@@ -25,7 +25,15 @@ case "$*" in
     *version_info*) echo "${FAKE_VERSION:-3.11}" ;;
     "-m venv .venv") eval "${FAKE_VENV:-:}" && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip "*) eval "${FAKE_PIP:-:}" ;;
+    *torch.cuda.init*) eval "${FAKE_TORCH:-:}" ;;
     *find_spec*) echo "$FAKE_MISSING" ;;
+esac
+"""
+# An H200 with an old driver.
+OLD_DRIVER = """#!/bin/sh
+case "$*" in
+    -L) echo 'GPU 0: NVIDIA H200 (UUID: GPU-0)' ;;
+    *driver_version*) echo 550.54.15 ;;
 esac
 """
 NO_NETWORK = (
@@ -68,7 +76,16 @@ class Project:
         self.stamp = self.dir / ".venv/setup.stamp"
 
     def env(self, **settings):
-        ours = ("PYTHON", "PYTHON_BASE", "SETUP_FOR", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
+        ours = (
+            "PYTHON",
+            "PYTHON_BASE",
+            "SETUP_FOR",
+            "GPUS",
+            "CUDA_VISIBLE_DEVICES",
+            "VIRTUAL_ENV",
+            "CONDA_PREFIX",
+            "PYTHONPATH",
+        )
         env = {name: value for name, value in os.environ.items() if name not in ours}
         env["PATH"] = f"{self.bin}:{env['PATH']}"
         env["FAKE_CALLS"] = str(self.calls_path)
@@ -160,6 +177,14 @@ def test_setup_installs_the_gpu_packages_where_nvidia_smi_lists_one(project):
     # The same folder without a GPU is out of date.
     assert_made(project, project.setup(SETUP_FOR="cpu"))
     assert len(project.calls("-m pip install")) == 3
+
+
+def test_setup_for_no_gpu_installs_the_cpu_packages_but_replaces_no_others(project):
+    write_program(project.bin / "nvidia-smi", OLD_DRIVER)
+    for settings, made in (({"GPUS": "none"}, 1), ({"GPUS": "none"}, 1), ({}, 2), ({"GPUS": "none"}, 2)):
+        assert_made(project, project.setup(**settings))
+        installed = [call.split()[-1] for call in project.calls(" -r requirements")]
+        assert installed == ["requirements-cpu.txt", "requirements.txt"][:made]
 
 
 def test_setup_does_nothing_and_is_quick_when_up_to_date(project):
@@ -290,6 +315,22 @@ def test_setup_reports_low_disk(project):
     assert_refused(project, project.setup(SETUP_FOR="gpu"), "6 GB free", "about 20 GB")
 
 
+def test_setup_checks_that_torch_sees_the_gpus(project):
+    write_program(project.bin / "nvidia-smi", OLD_DRIVER)
+    blind = "echo 'a warning'; echo 'torch 2.13.0, built for CUDA 13.0, sees none: too old'; exit 1"
+    for _ in range(2):  # after an installation, and also when nothing is left to install
+        result = project.setup(FAKE_TORCH=blind)
+        assert (result.returncode, result.stdout) == (1, "")
+        for words in ("GPUs (driver 550.54.15)", "CUDA 13.0, sees none: too old", "580 or newer", "SETUP_FOR=cpu"):
+            assert words in result.stderr, result.stderr
+        assert "a warning" not in result.stderr
+    assert len(project.calls("-m venv")) == 1
+    for settings in ({"GPUS": "none"}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}):
+        assert_made(project, project.setup(FAKE_TORCH=blind, **settings))
+    assert_made(project, project.setup())
+    assert_made(project, project.setup(FAKE_TORCH=blind, SETUP_FOR="cpu"))
+
+
 # ---- An environment of the user's own ----
 
 
@@ -333,6 +374,32 @@ def test_setup_refuses_the_python_given_when_it_lacks_a_package(project, own_env
 
 def test_setup_refuses_a_python_given_that_is_not_there(project):
     assert_refused(project, project.setup(PYTHON="/nowhere/python"), "PYTHON=/nowhere/python", "unset PYTHON")
+
+
+TORCH = """
+__version__ = "2.13.0"
+class version: cuda = {cuda!r}
+class cuda:
+    def init(): {init}
+"""
+
+
+@pytest.mark.parametrize(
+    "cuda, init, words",
+    [
+        ("13.0", "raise RuntimeError('The driver is too old\\nmore')", ["sees none: The driver is too old\n", "580"]),
+        (None, "pass", ["torch 2.13.0 is a build for the CPU", "Install a build for CUDA"]),
+        ("13.0", "pass", []),
+    ],
+)
+def test_setup_checks_that_the_python_given_sees_the_gpus(project, own_environment, cuda, init, words):
+    folder, settings = own_environment
+    write_program(project.bin / "nvidia-smi", OLD_DRIVER)
+    (settings["PYTHONPATH"] / "torch.py").write_text(TORCH.format(cuda=cuda, init=init))
+    result = project.setup(PYTHON=folder / "bin/python", **settings)
+    if not words:
+        return assert_used(project, result, folder / "bin/python")
+    assert_refused(project, result, "driver 550.54.15", "The Python named by PYTHON", *words)
 
 
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])

@@ -37,6 +37,7 @@ import dpo
 import inpo
 import ipo
 from training import trainer
+from training.start_check import TOLERANCE, check_start, furthest_off
 from training.trainer import data_order, learning_rate
 from utils import StageError
 
@@ -124,7 +125,7 @@ def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, s
 def test_training_starts_at_the_last_policy_and_its_loss_falls(train, setting, capsys, caplog):
     caplog.set_level("INFO")
     output = train(num_epochs=6)
-    off = float(caplog.text.split("off by at most ")[1].split(" nats")[0])
+    off = float(caplog.text.split("off by up to ")[1].split(" nats")[0])
     distance = abs(column(output, "normalised_loss")[0] - 1)
     with capsys.disabled():
         print(
@@ -226,6 +227,24 @@ def test_data_of_another_model_is_refused(train, setting):
     train(model=setting.reference, output="allowed", start_tolerance=1000)
 
 
+def test_what_is_allowed_at_the_start_grows_with_the_root_of_the_length():
+    rows = [([1], [[2] * 100, [2] * 4])]
+    off = torch.tensor([0.9 * 10 * TOLERANCE["bf16"], -1.1 * 2 * TOLERANCE["bf16"]])  # nats over 100 and over 4 tokens
+    bfloat16, float32 = (SimpleNamespace(mixed_precision=precision) for precision in ("bf16", "no"))
+    config = SimpleNamespace(start_tolerance=0.0, input="data.jsonl", model="policy")
+    found = furthest_off(config, off, rows, bfloat16).tolist()
+    assert found == pytest.approx([1.1, 2.2 * TOLERANCE["bf16"], 4])
+    with pytest.raises(
+        StageError, match=r"data.jsonl: .* those of policy by up to 0.44 nats \(over 4 tokens, allowed: 0.4\)"
+    ):
+        check_start(config, found, 1.0)
+    assert furthest_off(config, off / 100, rows, float32).tolist() == pytest.approx([1.1, 2.2 * TOLERANCE["no"], 4])
+    config.start_tolerance = 2.0
+    found = furthest_off(config, off, rows, bfloat16).tolist()
+    assert found == pytest.approx([4.5 * TOLERANCE["bf16"], 9 * TOLERANCE["bf16"], 100])
+    check_start(config, found, 1.0)
+
+
 @pytest.mark.parametrize("side, off", [("chosen", 0.1), ("rejected", -0.1)])
 def test_a_single_pair_of_another_model_is_refused(train, setting, tmp_path, side, off):
     records = [dict(record) for record in setting.records]
@@ -245,7 +264,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_prompt_ids(train, setting, t
     [
         ({"learning_rate": 0}, "--learning_rate should be greater than 0"),
         ({"warmup_ratio": 1.5}, "--warmup_ratio"),
-        ({"save_steps": -1}, "--save_steps should be at least 0"),
+        ({"save_minutes": -1}, "--save_minutes should be at least 0"),
         ({"select": "first"}, "--select should be best or last"),
         ({"eta": 0}, "--eta should be greater than 0"),
         ({"tau_eta_ratio": 2}, "--tau_eta_ratio"),

@@ -7,6 +7,10 @@
     resume-STEP/       and all that is needed to go on after that update; `progress.json` in it is written last
 
 A directory is written as *.tmp and renamed when all of it is on disk, so whatever has its name is complete.
+
+Resume points are written by elapsed time, as they take gigabytes and an update may take a second or a minute. SIGUSR1
+asks for one after the update that is being made, and ends the run: so a scheduler's time limit costs no update. Clocks
+differ and a signal may reach one process before another, so the processes agree after every update (`Checkpoints.due`).
 """
 
 import contextlib
@@ -14,6 +18,8 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +36,7 @@ MAY_CHANGE = {
     "output",
     "micro_batch_tokens",
     "gradient_checkpointing",
-    "save_steps",
+    "save_minutes",
     "start_tolerance",
     "report_to",
     "model",
@@ -133,6 +139,7 @@ class Checkpoints:
         self.config, self.output, self.fingerprint, self.progress = config, Path(config.output), fingerprint, progress
         self.accelerator, self.model, self.tokenizer = accelerator, model, tokenizer
         self.selects_best = bool(config.validation) and config.select == "best"
+        self.told_to_stop, self.saved_at = False, time.monotonic()
 
     def begin(self) -> None:
         """Bring the output directory, and where a run goes on also model and optimiser, to where the progress says."""
@@ -151,6 +158,22 @@ class Checkpoints:
                         path.unlink()
         if self.progress.step:
             self.accelerator.load_state(self.output / f"resume-{self.progress.step}")
+        if self.config.save_minutes:
+            signal.signal(signal.SIGUSR1, self.stop_soon)
+        self.saved_at = time.monotonic()
+
+    def stop_soon(self, number, frame) -> None:
+        """On a signal: end after this update, with a resume point."""
+        self.told_to_stop = True
+
+    def due(self) -> tuple[bool, bool]:
+        """Whether it is time for a resume point, by the first process's clock, and whether any process was told to
+        stop: the same answer in all processes."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        on_time = self.accelerator.is_main_process and 0 < self.config.save_minutes <= minutes
+        flags = torch.tensor([float(on_time), float(self.told_to_stop)], device=self.accelerator.device)
+        on_time, told = (count > 0 for count in self.accelerator.reduce(flags, "sum").tolist())
+        return on_time, told
 
     def keep(self, improved: bool, finished: bool) -> None:
         """Save what is due after an update.
@@ -158,16 +181,25 @@ class Checkpoints:
         Args:
             improved: the validation loss is the lowest so far
             finished: this was the last update
+
+        Raises StageError in all processes where one of them was told to stop and updates are left.
         """
         improved = improved and self.selects_best
         if improved:
             self.save(self.best_weights().name)
-        if self.config.save_steps:
+        on_time, told = self.due()
+        if self.config.save_minutes:
             # The best weights need a resume point that knows them.
-            if not finished and (improved or self.progress.step % self.config.save_steps == 0):
+            if not finished and (improved or on_time or told):
                 self.save_resume_point()
         elif improved and self.accelerator.is_main_process:
             self.tidy()
+        if told and not finished:
+            self.accelerator.wait_for_everyone()  # the launcher kills the others when one has ended
+            raise StageError(
+                f"told to stop (SIGUSR1): {self.output} has a resume point after update {self.progress.step}; the same "
+                "command goes on there"
+            )
 
     def finish(self) -> None:
         """Give the selected weights their name, write the DONE marker and remove what is temporary."""
@@ -220,6 +252,7 @@ class Checkpoints:
                 (temporary / "progress.json").write_text(dump_json(recorded) + "\n", encoding="utf-8")
         if self.accelerator.is_main_process:
             self.tidy(self.progress.step)
+        self.saved_at = time.monotonic()
 
     @contextlib.contextmanager
     def saving(self, name: str) -> Iterator[Path]:

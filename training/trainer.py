@@ -19,6 +19,7 @@ from training.checkpoints import Checkpoints, check_apart, check_output, find_pr
 from training.logps import batch_logps, model_inputs, on_device
 from training.metrics import Metrics, pair_sums, stored_logps, update_line
 from training.models import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
+from training.start_check import check_start, furthest_off
 from utils import StageError, check_at_least, check_input, log, split_list, write_text
 
 
@@ -46,11 +47,12 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations, for less memory and a third more time
         shuffle: a new order every epoch; without it, the file's
         eval_steps: validate every so many updates, besides each epoch's end
-        save_steps: a resume point every so many updates, 0: none; with --select best also where the validation
-            loss is the lowest so far. A run that was stopped goes on after the last one when started again
+        save_minutes: a resume point every so many minutes of training, after the update that is then being made; 0:
+            none. With --select best also where the validation loss is the lowest so far, and on SIGUSR1, which then
+            ends the run. A run that was stopped goes on after the last one when started again
         keep_last: keep the final weights beside the best ones, in last/
-        start_tolerance: nats by which the stored log-probabilities of the last policy may differ from this
-            model's before training; 0 chooses 0.05 in float32 and 3 in bfloat16
+        start_tolerance: nats by which the stored log-probability of a response under the last policy may differ from
+            this model's before training; 0: by its length and the precision (see start_check.py)
         report_to: where each step's figures go besides metrics.jsonl: tensorboard (<output>/tensorboard), wandb (if
             installed), both comma-separated, or none
         seed: of the data order and of random weights
@@ -74,7 +76,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     shuffle: bool = True
     eval_steps: int = 500
-    save_steps: int = 200
+    save_minutes: float = 10.0
     keep_last: bool = False
     start_tolerance: float = 0.0
     report_to: str = "tensorboard"
@@ -87,7 +89,7 @@ class TrainingConfig:
         check_at_least(
             0,
             micro_batch_tokens=self.micro_batch_tokens,
-            save_steps=self.save_steps,
+            save_minutes=self.save_minutes,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             start_tolerance=self.start_tolerance,
@@ -125,7 +127,8 @@ def train(
         method: the loss and its hyperparameters, to be recorded in training.json
 
     Raises StageError for bad data, a loss that is not finite (with the batch's prompt ids), stored
-    log-probabilities that are not this model's, an unfinished run with other settings, or a full disk.
+    log-probabilities that are not this model's, an unfinished run with other settings, a full disk, or SIGUSR1, once
+    a resume point is written.
     """
     Trainer(compute_loss, config, dataset_class, method).run()
 
@@ -146,7 +149,7 @@ class Trainer:
         check_apart(output, model_dir, tokenizer_dir, config.input, config.validation)
         tokenizer = load_tokenizer(model_dir, tokenizer_dir)
         self.accelerator = start_accelerator(
-            config.seed, log_with=config.trackers() or None, project_dir=output / "tensorboard"
+            config.seed, model_dir, log_with=config.trackers() or None, project_dir=output / "tensorboard"
         )
         fingerprint = run_fingerprint(settings, model_dir, self.accelerator)
         self.progress = find_progress(output, fingerprint)
@@ -215,14 +218,14 @@ class Trainer:
         began, rate = time.monotonic(), learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        metrics, difference = self.run_batch(self.data, indices, backward=True)
+        metrics, off = self.run_batch(self.data, indices, backward=True)
         if not math.isfinite(metrics["loss"]):
             raise StageError(
                 f"loss {metrics['loss']} at step {step + 1}; prompt ids of the batch: "
                 + ", ".join(self.data.ids[i] for i in indices)
             )
-        if step == 0 and difference is not None:
-            check_start(self.config, difference, metrics["normalised_loss"], self.accelerator.mixed_precision)
+        if off:
+            check_start(self.config, off, metrics["normalised_loss"])
         if self.config.max_grad_norm > 0:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             metrics["grad_norm"] = float(norm)
@@ -251,14 +254,15 @@ class Trainer:
     def run_batch(self, dataset, indices, backward):
         """Mean loss and metrics over examples dealt to all processes; with gradients when `backward`.
 
-        Returns (metrics, largest difference in nats of a log-probability from that of the last policy, where stored).
+        Returns (metrics, before the first update also what `furthest_off` finds in all examples, where they have stored
+        log-probabilities).
         """
         device = self.accelerator.device
         weight_of = {i: dataset.weights[i] for i in indices}
         normaliser = sum(weight_of.values())
         if not normaliser > 0:
             raise StageError(f"{dataset.path}: all examples of a batch have weight 0")
-        totals, difference = {}, None
+        totals, off, untouched = {}, [], backward and self.progress.step == 0
         batches = micro_batches(indices, dataset.lengths, self.config.micro_batch_tokens)
         for mine, counts in local_batches(batches, self.accelerator):
             batch = dataset.collate([dataset[i] for i in mine])
@@ -278,8 +282,8 @@ class Trainer:
                     initial = self.compute_loss(last, batch)  # the losses of the initial policy
                     sums["initial"] = (initial * batch["weight"]).sum()
                     sums |= {name: value * counts for name, value in pair_sums(logps, last, ref).items()}
-                    off = (logps - last).abs().max()
-                    difference = off if difference is None else torch.maximum(difference, off)
+                    if untouched:
+                        off.append(furthest_off(self.config, logps - last, batch["rows"], self.accelerator))
                 for name, value in sums.items():
                     totals[name] = totals.get(name, 0) + value.detach().double()
         names = sorted(totals)  # the same on every process: they depend on the method alone
@@ -289,9 +293,9 @@ class Trainer:
         self.progress.first_loss = self.progress.first_loss or loss
         initial = totals.pop("initial") / normaliser if "initial" in totals else self.progress.first_loss
         metrics = {"loss": loss, "normalised_loss": loss / max(initial, 1e-12)}  # 0 only if every soft label is 1/2
-        if difference is not None:
-            difference = self.accelerator.gather(difference.reshape(1)).max().item()
-        return metrics | {name: total / len(indices) for name, total in totals.items()}, difference
+        if off:
+            off = max(self.accelerator.gather(torch.stack(off)).tolist())
+        return metrics | {name: total / len(indices) for name, total in totals.items()}, off
 
 
 def data_order(config: TrainingConfig, count: int, epoch: int) -> list[int]:
@@ -308,26 +312,3 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
-
-
-def check_start(config: TrainingConfig, difference: float, normalised_loss: float, precision: str) -> None:
-    """Before the first update the model must be the last policy of the data file: raise StageError otherwise.
-
-    Args:
-        difference: largest one, in nats, of the model's log-probabilities from the stored ones.
-        normalised_loss: of the first batch.
-        precision: accelerate's mixed_precision.
-    """
-    log.info(
-        "untouched policy: stored log-probabilities are off by at most %.2e nats, "
-        "the normalised loss differs from 1 by %.2e",
-        difference,
-        abs(normalised_loss - 1),
-    )
-    tolerance = config.start_tolerance or (3.0 if precision == "bf16" else 0.05)
-    if not difference <= tolerance:
-        raise StageError(
-            f"{config.input}: the last policy's stored log-probabilities differ from those of {config.model} by up to "
-            f"{difference:.3g} nats (allowed: {tolerance}); was the file made with another model or precision? Run "
-            "get_logprobs.py again, launched as training is"
-        )

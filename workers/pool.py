@@ -8,11 +8,13 @@ that is killed goes on where it stopped.
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,7 +34,7 @@ class PoolConfig:
 
     Args:
         engine: local, worker processes of this machine; ray, actors on a Ray cluster (workers/ray_executor.py)
-        gpus: auto, none, or physical GPU numbers (0,2,3)
+        gpus: auto, none, or GPUs as `nvidia-smi -L` lists them: numbers (0,2,3) or UUIDs (GPU-..., MIG-...)
         tensor_parallel_size: GPUs that share one copy of the model
         cpu_workers: engines without GPUs
         chunk_size: prompts handed to a worker at once
@@ -72,21 +74,23 @@ def worker_environments(
     """The environment variables of each worker process: which GPUs it owns, or none.
 
     `gpus`: `auto` (all that this process may use, or the CPU where there are none), a comma-separated list of
-    physical numbers as nvidia-smi shows them, or `none`. With CUDA_VISIBLE_DEVICES set, only GPUs named there
-    may be used. Raises StageError for a GPU that does not exist, or numbers that do not divide evenly.
+    physical numbers or UUIDs as `nvidia-smi -L` shows them, or `none`. With CUDA_VISIBLE_DEVICES set, only what is
+    named there may be used, as it is named there. Raises StageError for a GPU that does not exist, or numbers that do
+    not divide evenly.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    allowed = _physical_gpus() if visible is None else [] if visible.strip() == "-1" else split_list(visible)
-    chosen = [] if gpus == "none" else allowed if gpus == "auto" else split_list(gpus)
+    named = [] if (visible or "").strip() == "-1" else split_list(visible or "")
+    numbers, uuids = _physical_gpus() if visible is None else (named, [])
+    chosen = [] if gpus == "none" else numbers if gpus == "auto" else split_list(gpus)
     if min(tensor_parallel_size, cpu_workers) < 1 or len(set(chosen)) < len(chosen):
         raise StageError(
             f"--gpus {gpus}, --tensor_parallel_size {tensor_parallel_size}, --cpu_workers {cpu_workers}: each GPU "
             "may be named once, and the numbers should be at least 1"
         )
-    unknown = [gpu for gpu in chosen if gpu not in allowed]
+    unknown = [gpu for gpu in chosen if gpu not in numbers + uuids]
     if unknown:
         source = "nvidia-smi lists" if visible is None else "CUDA_VISIBLE_DEVICES allows"
-        raise StageError(f"--gpus names {','.join(unknown)}, but {source} {','.join(allowed) or 'none'}")
+        raise StageError(f"--gpus names {','.join(unknown)}, but {source} {','.join(numbers) or 'none'}")
     if not chosen and tensor_parallel_size > 1:
         raise StageError(f"--tensor_parallel_size {tensor_parallel_size}: there is no GPU to share")
     if not chosen:
@@ -96,17 +100,38 @@ def worker_environments(
             f"{len(chosen)} GPUs cannot be split into groups of {tensor_parallel_size} (--tensor_parallel_size)"
         )
     groups = [chosen[i : i + tensor_parallel_size] for i in range(0, len(chosen), tensor_parallel_size)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
+    # CUDA's own order is by speed: on a node with different GPUs its numbers are not those of nvidia-smi.
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(group), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} for group in groups]
 
 
 def _physical_gpus():
+    """(numbers of the GPUs, UUIDs of them and of their MIG instances), as nvidia-smi lists them."""
     try:
-        listing = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=60
-        )
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return []
-    return listing.stdout.split() if listing.returncode == 0 else []
+        return [], []
+    found = listing.stdout if listing.returncode == 0 else ""
+    return re.findall(r"^GPU (\d+):", found, re.MULTILINE), re.findall(r"\(UUID: ([^)]+)\)", found)
+
+
+def no_cpu_engine() -> str:
+    """Why the installed vLLM cannot run on a CPU, or an empty text.
+
+    vLLM's builds for GPUs stop there with "Failed to infer device type". This is the rule of its platforms/__init__.py,
+    by the installed packages alone: importing vLLM takes seconds.
+    """
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu" or metadata.entry_points(group="vllm.platform_plugins"):
+        return ""
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError:  # there is none, or it is the build for the CPU, which has another name
+        return ""
+    if "cpu" in version:
+        return ""
+    return (
+        f"vLLM {version} of {sys.prefix} is a build for GPUs and cannot run on a CPU; SETUP_FOR=cpu bash comal.sh "
+        "makes .venv anew with the build for CPUs (in another environment: see requirements-cpu.txt)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- files

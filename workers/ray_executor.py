@@ -53,6 +53,7 @@ class Actor:
     def __init__(self, make_work: Callable[[], Work], on_gpu: bool):
         if not on_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # Ray's numbers are those of nvidia-smi
         prepare_threads()
         self.lock, self.found, self.error = threading.Lock(), {}, None
         try:

@@ -5,7 +5,8 @@
 
 accelerate switches FSDP on for GPUs only: with this variable it starts the processes and hands them the settings of the
 YAML file, but trains with DDP. So its state is completed here as `AcceleratorState.__init__` does on GPUs, and nothing
-else is replaced; the stages run through their own `main`.
+else is replaced but the size of a GPU's memory; the stages run through their own `main`. With LOCAL_WORLD_SIZE in `env`
+the processes are those of several nodes with so many each.
 
 JOBS.json: a list of
     script   str, a stage of the repository
@@ -15,6 +16,8 @@ JOBS.json: a list of
     report   str, where the first process writes what it saw (JSON):
              distributed_type    str
              shards              parameter -> [shape, local shape] if it is sharded, else null
+             mesh                of the processes, by the name of each dimension its size
+             timeout             with which they wait for each other
              units               names of the modules that are gathered one by one
              policies            their mixed precision, as text
              loaded_norms        of the embeddings before sharding, one a process
@@ -46,7 +49,7 @@ seen = {}
 class FSDPAccelerator(Accelerator):
     """What `Accelerator()` is on GPUs under fsdp_config.yaml; notes what becomes of the model."""
 
-    def __init__(self, **settings):
+    def __init__(self, parallelism_config=None, **settings):
         super().__init__(**settings)
         plugin = FullyShardedDataParallelPlugin()
         if self.mixed_precision != "no":
@@ -54,17 +57,24 @@ class FSDPAccelerator(Accelerator):
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        if parallelism_config:
+            self.state.parallelism_config = parallelism_config
+            self.state.device_mesh = parallelism_config.get_device_mesh("cpu")
+            parallelism_config._validate_accelerator(self)
 
     def prepare(self, *args):
         norm = args[0].get_input_embeddings().weight.norm().item()
         prepared = super().prepare(*args)
         model = prepared[0] if isinstance(prepared, (tuple, list)) else prepared
+        seen["timeout"] = str(torch.distributed.group.WORLD._get_backend(self.device).options._timeout)
         seen["distributed_type"] = self.distributed_type.value
         seen["loaded_norms"] = gather_object([norm])
         seen["shards"] = {
             name: [list(value.shape), list(value.to_local().shape)] if isinstance(value, DTensor) else None
             for name, value in model.named_parameters()
         }
+        mesh = next(model.parameters()).device_mesh if isinstance(next(model.parameters()), DTensor) else None
+        seen["mesh"] = dict(zip(mesh.mesh_dim_names or ["all"], mesh.shape)) if mesh else None
         units = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
         seen["units"] = list(units)
         seen["policies"] = {str(module._get_fsdp_state()._mp_policy) for module in units.values()}
@@ -103,6 +113,7 @@ def main(jobs_path):
             name: str(value).lower() if isinstance(value, bool) else value for name, value in job["env"].items()
         }
         models.Accelerator = FSDPAccelerator if job["fsdp"] else Accelerator
+        models.gpu_memory = lambda: 2**40 * job["fsdp"]
         reset()
         seen.clear()
         code = run(job)

@@ -11,10 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # What a shell, a user or a scheduler may have set for another purpose, and comal.sh reads.
 READ = ("METHOD", "NAME", "SEED", "MODEL", "NODES", "NODE_RANK", "MASTER_ADDR", "SLURM_NODEID", "SLURM_STEP_NUM_NODES")
+READ += ("SETUP_FOR",)
 STAGE = r"""#!/usr/bin/env bash
 # Stands in for the interpreter: writes the files that --output names, or sleeps in the stage that SLEEP names, or fails
 # in the one that FAIL names.
-if [[ $1 == -c && $2 == *find_spec* ]]; then exit; fi  # launch/setup.sh asks what is not installed
+# launch/setup.sh asks what is not installed, launch/nodes.sh why there could be no engine.
+if [[ $1 == -c && $2 =~ find_spec|no_cpu_engine ]]; then exit; fi
 if [[ $1 == -c ]]; then echo "torch 1"; exit; fi
 if [[ $1 == "${SLEEP-}" ]]; then setsid sleep 300 & sleep 300; fi
 if [[ $1 == "${FAIL-}" ]]; then
@@ -22,6 +24,7 @@ if [[ $1 == "${FAIL-}" ]]; then
   echo "no luck with $1" >&2
   exit 3
 fi
+if [[ "$1 $2" == "-m accelerate"* ]]; then while [[ $1 != *.py ]]; do shift; done; fi
 script=$1
 outputs=()
 while (($#)); do
@@ -121,6 +124,7 @@ class Loop:
             "UPDATE_INTERVAL": "2",
             "FAULTS_MARK": self.name,
             "PYTHON": str(self.python),
+            "CUDA_VISIBLE_DEVICES": "",  # the same on a machine with GPUs
         } | changed
 
     def start(self, *arguments, **settings):

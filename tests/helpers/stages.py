@@ -85,13 +85,17 @@ def context_fixture():
 
 @pytest.fixture(scope="module", name="places")
 def places_fixture(setting, model_dirs, tmp_path_factory):
-    """What {policy}, {reference}, {judge} and {data} stand for in flags and in expected words, and {off}: by how much
-    the stored log-probabilities of the one model differ from those of the other."""
+    """What {policy}, {reference}, {judge} and {data} stand for in flags and in expected words, and {off} and {tokens}:
+    by how much the stored log-probabilities of the one model differ from those of the other where they differ most for
+    the response's length, and this length."""
     judge = save_model(tmp_path_factory.mktemp("judge"), model_dirs["judge"], 2)
     sides = ("chosen", "rejected")
     logps = [(record[f"last_{side}_logp"], record[f"ref_{side}_logp"]) for record in setting.records for side in sides]
-    off = f"{max(abs(last - reference) for last, reference in logps):.3g}"
-    return {"policy": setting.policy, "reference": setting.reference, "judge": judge, "data": setting.data, "off": off}
+    counts = [len(record[f"{side}_token_ids"]) for record in setting.records for side in sides]
+    found = [(abs(last - reference), tokens) for (last, reference), tokens in zip(logps, counts)]
+    off, tokens = max(found, key=lambda one: one[0] / one[1] ** 0.5)
+    models = {"policy": setting.policy, "reference": setting.reference, "judge": judge}
+    return models | {"data": setting.data, "off": f"{off:.3g}", "tokens": str(tokens)}
 
 
 @pytest.fixture(name="stage")

@@ -182,7 +182,8 @@ def setting_fixture(tmp_path_factory, model_dirs):
 def environment(**changes):
     """That of a process on one thread of the CPU, whatever launched this one."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    return clean | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | changes
+    # Where GPUs are seen, FSDP 2 builds its mesh of them, whatever accelerate uses.
+    return clean | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | changes
 
 
 def run_here(main, mixed_precision="no", **flags):
@@ -241,7 +242,8 @@ def launch(launcher_flags, *command):
     return done
 
 
-def launch_two(*command):
-    """Two processes with fsdp_config.yaml in float32, on a port that the system chooses: on the CPU that means DDP over
+def launch_several(number, *command):
+    """Processes with fsdp_config.yaml in float32, on a port that the system chooses: on the CPU that means DDP over
     gloo. (`accelerate launch --cpu --num_processes 2` would start a single process.)"""
-    return launch(["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", "2"], *command)
+    flags = ["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", str(number)]
+    return launch(flags, *command)
