@@ -81,27 +81,25 @@ class EngineConfig(PoolConfig):
 # ---------------------------------------------------------------------------------------------- --engine_args
 
 
-def read_engine_args(text: str) -> dict:
-    """The arguments of vLLM's engine in a text, which is a JSON object or empty.
+def read_engine_args(text: str, flag: str = "--engine_args") -> dict:
+    """The arguments of vLLM's engine in a text, the value of a flag: a JSON object, or empty.
 
     Raises StageError for another text, a name that the installed vLLM does not have, and one that is set by a flag.
     """
-    if not text.strip():
-        return {}
     try:
-        found = json.loads(text, parse_constant=_refuse_constant)
+        found = json.loads(text or "{}", parse_constant=_refuse_constant)
     except ValueError as error:
         found = f"{error}"
     if not isinstance(found, dict):
         why = f"not valid JSON: {found}" if isinstance(found, str) else f"no object but {found!r}"
-        raise StageError(f"""--engine_args should be a JSON object such as '{{"quantization": "fp8"}}'; it is {why}""")
+        raise StageError(f"""{flag} should be a JSON object such as '{{"quantization": "fp8"}}'; it is {why}""")
     for name in found:
         if name in FLAGS:
-            raise StageError(f"--engine_args: {name} is set by {FLAGS[name]}")
+            raise StageError(f"{flag}: {name} is set by {FLAGS[name]}")
         if (known := engine_arguments()) and name not in known:
             near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
             raise StageError(
-                f"--engine_args: vLLM's engine has no argument {name}" + (f"; did you mean {near[0]}?" if near else "")
+                f"{flag}: vLLM's engine has no argument {name}" + (f"; did you mean {near[0]}?" if near else "")
             )
     return found
 

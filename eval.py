@@ -172,7 +172,7 @@ def matrix(
 
     It answers which checkpoint has the best worst case, and whether the last one wins at least half against every
     other. What has been judged before, between the same responses by the same judge, is not judged again, and no
-    model's responses are generated twice.
+    model's responses are generated twice. What is said about engines holds for the judge and for --models.
 
     Args:
         output: result, ending in .json; the heat map goes beside it (.svg), the judgements to cells/, the responses of
