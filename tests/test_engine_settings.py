@@ -186,8 +186,9 @@ for role, path in (("judge", checkpoints[0]), ("reward", {reward!r})):
     mode = CompilationConfig(**settings["compilation_config"]).cudagraph_mode
     found[role] = [str(built.dtype), str(built.head_dtype), str(built.runner_type), mode.name]
     given = EngineConfig(gpus="none", engine_args='{{"hf_overrides": {{"head_dtype": "model"}}}}')
-    arguments = EngineArgs(model=path, tokenizer={tokenizer!r}, **engine_settings(given, path, models[0], 64, role, True))
-    found[role].append(str(arguments.create_model_config().head_dtype))
+    settings = engine_settings(given, path, models[0], 64, role, True)
+    built = EngineArgs(model=path, tokenizer={tokenizer!r}, **settings).create_model_config()
+    found[role].append(str(built.head_dtype))
 print(json.dumps(found))
 """
 
