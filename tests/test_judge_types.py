@@ -239,7 +239,7 @@ def test_probabilities_and_rewards_of_bfloat16_judges_have_no_steps(demo_models,
         [one["panel"][0]["win_probs"][i][j] for one in found for i, j in ((0, 1), (0, 2), (1, 2))],
         [reward for one in found for reward in one["panel"][1]["rewards"]],
     ):
-        assert len(values) == 180 and len({f"{value:.3e}" for value in values}) > 90
+        assert len(values) == 180 and len({f"{value:.6f}" for value in values}) > 90
 
 
 def test_a_policy_is_no_reward_model(demo_models, jsonl, tmp_path):
