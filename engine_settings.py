@@ -43,7 +43,7 @@ class EngineConfig(PoolConfig):
     Args:
         dtype: auto (bfloat16 on GPU, float32 on CPU) or a name
         gpu_memory_utilization: share of GPU memory for weights and KV cache
-        engine_args: further arguments of vLLM's engine, a JSON object: '{"quantization": "fp8"}'
+        engine_args: further arguments of vLLM's engine, a JSON object: '{"max_num_seqs": 512}'
     """
 
     dtype: str = "auto"
@@ -86,13 +86,13 @@ def read_engine_args(text: str, flag: str = "--engine_args") -> dict:
 
     Raises StageError for another text, a name that the installed vLLM does not have, and one that is set by a flag.
     """
+    wanted = f"""{flag} should be a JSON object such as '{{"max_num_seqs": 512}}'"""
     try:
         found = json.loads(text or "{}", parse_constant=_refuse_constant)
     except ValueError as error:
-        found = f"{error}"
+        raise StageError(f"{wanted}; it is not valid JSON: {error}") from None
     if not isinstance(found, dict):
-        why = f"not valid JSON: {found}" if isinstance(found, str) else f"no object but {found!r}"
-        raise StageError(f"""{flag} should be a JSON object such as '{{"quantization": "fp8"}}'; it is {why}""")
+        raise StageError(f"{wanted}, got {text}")
     for name in found:
         if name in FLAGS:
             raise StageError(f"{flag}: {name} is set by {FLAGS[name]}")

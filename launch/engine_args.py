@@ -1,6 +1,6 @@
 """Check ENGINE_ARGS and JUDGE_ENGINE_ARGS against the vLLM that is installed, before anything is sampled.
 
-    python -m launch.engine_args --policy '{"max_num_seqs": 512}' --judge '{"quantization": "fp8"}'
+    python -m launch.engine_args --policy '{"max_num_seqs": 512}' --judge '{"quantization": "fp8_per_channel"}'
 
 The stages check their own; those of the judge come after hours of sampling.
 """

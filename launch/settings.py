@@ -205,7 +205,7 @@ def check_engine_args(values: dict[str, str]) -> None:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise Refused(f"""{name}={values[name]} should be a JSON object: {name}='{{"quantization": "fp8"}}'""")
+            raise Refused(f"""{name}={values[name]} should be a JSON object such as '{{"max_num_seqs": 512}}'""")
 
 
 def check_start(values: dict[str, str], given: Collection[str]) -> None:

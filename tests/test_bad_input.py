@@ -276,7 +276,7 @@ ROWS = [
     row("scoring", "dtype", "--dtype | float32 | int8", dtype="int8"),
     row("scoring", "memory", "--gpu_memory_utilization | greater than 0 | 0.0", gpu_memory_utilization=0),
     row("sampling", "engine-args", "--engine_args | JSON object | not valid JSON | line 1", engine_args="{"),
-    row("scoring", "engine-args-list", "--engine_args | JSON object | no object but [1]", engine_args="[1]"),
+    row("scoring", "engine-args-list", "--engine_args | JSON object | got [1]", engine_args="[1]"),
     row("generate", "engine-args-nan", "--engine_args | not valid JSON | NaN", engine_args='{"seed": NaN}'),
     row("compare", "engine-args-name", "--engine_args | no argument max_num_seq | did you mean max_num_seqs?",
         files=BASELINE, engine_args='{"max_num_seq": 8}'),

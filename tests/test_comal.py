@@ -461,7 +461,7 @@ def test_the_disk_is_checked(loop):
         ("JUDGE_WEIGHTS=x", "JUDGE_WEIGHTS=x should be numbers, comma-separated"),
         ("JUDGE_TYPE=server", "OPENAI_API_KEY is not set"),
         ("JUDGE_FLAGS=--labels 'A", "JUDGE_FLAGS=--labels 'A cannot be split into flags: No closing quotation"),
-        ("ENGINE_ARGS=[1]", 'ENGINE_ARGS=[1] should be a JSON object: ENGINE_ARGS=\'{"quantization": "fp8"}\''),
+        ("ENGINE_ARGS=[1]", "ENGINE_ARGS=[1] should be a JSON object such as '{\"max_num_seqs\": 512}'"),
         ("JUDGE_ENGINE_ARGS={'a': 1}", "JUDGE_ENGINE_ARGS={'a': 1} should be a JSON object"),
         ("NAME=../../x", "NAME=../../x should be the name of a folder in exps/"),
         ("NAME=a/../../x", "NAME=a/../../x should be the name of a folder in exps/"),
