@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -252,7 +253,7 @@ def cache_folder() -> str:
     """
     root = os.environ.get("VLLM_CACHE_ROOT")
     root = root or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vllm")
-    own = f"{platform.node()}-gpu-{os.environ['CUDA_VISIBLE_DEVICES'].replace(',', '-')}"
+    own = re.sub(r"[^\w.-]", "-", f"{platform.node()}-gpu-{os.environ['CUDA_VISIBLE_DEVICES']}")
     path = Path(os.path.abspath(os.path.expanduser(root)))
     return str(path if path.name == own else path / own)  # a second engine of the process finds it set
 

@@ -192,6 +192,8 @@ for role, path in (("judge", checkpoints[0]), ("reward", {reward!r})):
     settings = engine_settings(given, path, models[0], 64, role, True)
     built = EngineArgs(model=path, tokenizer={tokenizer!r}, **settings).create_model_config()
     found[role].append(str(built.head_dtype))
+settings = engine_settings(EngineConfig(gpus="none"), checkpoints[0], models[0], 64, "policy", True)
+found["policy"] = EngineArgs(model=checkpoints[0], tokenizer={tokenizer!r}, **settings).max_num_seqs
 print(json.dumps(found))
 """
 
@@ -216,5 +218,6 @@ def test_vllm_takes_the_settings_and_finds_compiled_code_by_the_constant_path(mo
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(set(found["by their paths"])) == 2 and len(set(found["by the constant path"])) == 1
     assert found["fp8_per_channel"] and not found["fp8"]
+    assert found["policy"] == 1024  # a tiny model; the "card" is this machine's memory
     assert found["judge"] == ["torch.bfloat16", "torch.float32", "generate", "NONE", "torch.bfloat16"]
     assert found["reward"] == ["torch.bfloat16", "torch.float32", "pooling", "NONE", "torch.bfloat16"]
