@@ -82,6 +82,7 @@ sample() {  # the policy answers train and test prompts; and each evaluation pro
     --max_prompt_tokens "$MAX_PROMPT_TOKENS" \
     --max_new_tokens "$MAX_NEW_TOKENS" \
     --seed "$(seed)" \
+    --engine_args "$ENGINE_ARGS" \
     "${engines[@]}"
 }
 
@@ -182,6 +183,7 @@ answer() {  # STAGE MODEL OUTPUT SEED: one answer to each evaluation prompt
     --max_prompt_tokens "$MAX_PROMPT_TOKENS" \
     --max_new_tokens "$MAX_NEW_TOKENS" \
     --seed "$4" \
+    --engine_args "$ENGINE_ARGS" \
     "${engines[@]}"
 }
 

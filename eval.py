@@ -32,6 +32,7 @@ from analysis.matrix import (
     win_probs_by_prompt,
 )
 from data_utils import has_tokenizer
+from engine_settings import EngineConfig
 from judges.base import JudgeConfig
 from judges.panel import judge_files
 from records import Prompt, Responses, read, writer
@@ -48,7 +49,7 @@ from utils import (
     split_list,
     write_text,
 )
-from vllm_model import EngineConfig, Sampler, SamplerConfig, check_top_p
+from vllm_model import Sampler, SamplerConfig, check_top_p
 from workers.pool import map_files
 
 # Baselines that are fetched by name: files of the Hub's data set tatsu-lab/alpaca_eval.
@@ -172,7 +173,7 @@ def matrix(
 
     It answers which checkpoint has the best worst case, and whether the last one wins at least half against every
     other. What has been judged before, between the same responses by the same judge, is not judged again, and no
-    model's responses are generated twice.
+    model's responses are generated twice. What is said about engines holds for the judge and for --models.
 
     Args:
         output: result, ending in .json; the heat map goes beside it (.svg), the judgements to cells/, the responses of

@@ -6,44 +6,19 @@ its GPUs. Imports that cost seconds (vLLM, the tokenizer) happen there, not in t
 
 import itertools
 import os
+import threading
 import warnings
-from dataclasses import asdict, dataclass, fields
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from data_utils import check_architecture, check_weights, model_fingerprint, resolve_model, resolve_tokenizer
+from engine_settings import EngineConfig, constant_path, engine_settings, prepare_process
 from utils import StageError, check_at_least, derive_seed, first_line
 from workers.journal import Skipped
-from workers.pool import PoolConfig, no_cpu_engine
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-
-@dataclass(kw_only=True)
-class EngineConfig(PoolConfig):
-    """How engines run.
-
-    Args:
-        dtype: auto (bfloat16 on GPU, float32 on CPU) or a name
-        gpu_memory_utilization: share of GPU memory for weights and KV cache
-    """
-
-    dtype: str = "auto"
-    gpu_memory_utilization: float = 0.9
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise StageError(
-                f"--gpu_memory_utilization should be greater than 0 and at most 1, got {self.gpu_memory_utilization}"
-            )
-        if self.dtype not in DTYPES:
-            raise StageError(f"--dtype should be one of {', '.join(DTYPES)}, got {self.dtype}")
-
-    def fingerprint(self) -> dict:
-        """{setting: value} of all that results depend on, so without the machine's."""
-        machine = {field.name for field in fields(PoolConfig)} | {"gpu_memory_utilization"}
-        return {name: value for name, value in asdict(self).items() if name not in machine}
+from workers.pool import no_cpu_engine
 
 
 def usable_model(name: str) -> str:
@@ -108,16 +83,16 @@ class Engine:
         model: the model's directory.
         tokenizer: the tokenizer's directory; empty for the model's.
         max_model_len: prompt and new tokens together, at most.
-        config: EngineConfig. Its dtype `auto` is bfloat16 on GPU and float32 on CPU; vLLM's own `auto` would make
-            float16 of a float32 checkpoint on some devices.
-        rewards: the model is a sequence classifier; requests bring PoolingParams instead of SamplingParams.
+        config: EngineConfig.
+        role: what it is for: policy, judge, or reward. A reward model is a sequence classifier; its requests bring
+            PoolingParams instead of SamplingParams.
 
-    Raises StageError if the model has fewer than `max_model_len` positions, vLLM does not know its architecture, or it
-    should run on a CPU and cannot.
+    Raises StageError if the model has fewer than `max_model_len` positions, vLLM does not know its architecture or
+    refuses a setting, or the engine should run on a CPU and cannot.
     """
 
     def __init__(
-        self, model: str, tokenizer: str, max_model_len: int, config: EngineConfig, rewards: bool = False
+        self, model: str, tokenizer: str, max_model_len: int, config: EngineConfig, role: str = "policy"
     ) -> None:
         whole_config = load_config(model)
         model_config = whole_config.get_text_config()
@@ -131,34 +106,29 @@ class Engine:
         on_gpu = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
         if not on_gpu and (reason := no_cpu_engine()):
             raise StageError(reason)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if config.tensor_parallel_size == 1:
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in a quarter of the time
+        prepare_process(config, on_gpu)
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about each other
         from vllm import LLM
 
+        settings = engine_settings(config, model, model_config, max_model_len, role, on_gpu)
+        tokenizer = tokenizer and os.path.abspath(tokenizer)
         try:
-            self.llm = LLM(
-                model=model,
-                tokenizer=tokenizer or model,
-                max_model_len=max_model_len,
-                dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                tensor_parallel_size=config.tensor_parallel_size,
-                enforce_eager=not on_gpu,
-                **({} if on_gpu else settings_for_cpu(model_config, max_model_len)),
-                **({"runner": "pooling", "convert": "classify"} if rewards else {}),
-                enable_prefix_caching=True,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                seed=0,  # every request brings its own
-            )
+            with constant_path(model) as path:
+                self.llm = LLM(model=path, tokenizer=tokenizer or path, **settings)
         except ValueError as error:
-            if "odel architecture" not in str(error):  # memory that is not free yet, for instance
+            if "odel architecture" in str(error):
+                found = ", ".join(whole_config.architectures or ["none"])
+                reason = f"vLLM does not know the architecture that {model}/config.json names: {found}"
+            elif "unquantized lm_head" in str(error):
+                reason = (
+                    f"the output layer of {model} is quantised, so it cannot compute in float32; with --engine_args "
+                    """'{"hf_overrides": {"head_dtype": "model"}}' it computes as it is"""
+                )
+            elif type(error).__name__ == "ValidationError":  # pydantic's
+                reason = f"vLLM refuses its settings for {model}, --engine_args among them: {error}"
+            else:  # memory that is not free yet, for instance
                 raise
-            found = ", ".join(whole_config.architectures or ["none"])
-            raise StageError(f"vLLM does not know the architecture that {model}/config.json names: {found}") from None
+            raise StageError(reason) from None
 
     def enqueue(self, requests: list[tuple[list[int], Any]]) -> list[str]:
         """Add requests, (token ids, vLLM's parameters) each; returns their ids.
@@ -196,36 +166,15 @@ def load_config(directory: str):
         raise StageError(f"transformers cannot read {directory}/config.json: {first_line(error)}") from None
 
 
-def settings_for_cpu(config, max_model_len: int) -> dict:
-    """Settings of vLLM's engine on a CPU. A prompt is read in one piece: the backend for CPUs cannot rewind a seeded
-    generator after part of one. Shared prefixes are found in whole blocks, of which vLLM's own choice is 128."""
-    return {
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(4096, max_model_len),
-        "kv_cache_memory_bytes": cpu_kv_cache_bytes(config, max_model_len),
-        "block_size": 32,
-    }
-
-
-def cpu_kv_cache_bytes(config, max_model_len: int) -> int:
-    """Room for 128 sequences of full length, but no more than 1 GiB unless two of them need it: vLLM fills all of it
-    with zeros at its start, which takes up to 3 s a GiB. VLLM_CPU_KVCACHE_SPACE (GiB) overrides it.
-
-    Args:
-        config: the text part of a transformers config.
-    """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sequence = max_model_len * config.num_hidden_layers * 2 * heads * head_dim * 4  # keys and values in float32
-    return min(128 * sequence, max(2 * sequence, 2**30))
-
-
 class EngineWork:
     """Records through one engine, as the work of a worker process (workers/worker.py).
 
     A task is (job number, record). Subclasses have an `engine` and two methods:
         requests(job, record)    the requests of a record, [(token ids, vLLM's parameters)], or why it is skipped, text
         read(record, outputs)    its result, from vLLM's outputs of its requests, in their order
+
+    `requests` runs in a thread of its own: what was begun is encoded while the engine steps. Records that were begun
+    together reach the engine together, and all in their order, however fast the thread is.
     """
 
     engine: Engine
@@ -237,23 +186,25 @@ class EngineWork:
         raise NotImplementedError
 
     def __init__(self):
-        self.begun = {}  # by key: (record, ids of its requests, {request id: output}), or a Skipped
+        self.new = []  # (key, task) begun since the last step
+        self.encoder = ThreadPoolExecutor(1, "encoder")
+        self.encoding = deque()  # futures of what was begun together, first come first
+        # By key: (record, ids of its requests, {request id: output}), a Skipped, or the exception that it has caused.
+        self.begun = {}
         self.owners = {}  # by request id: key
         self.ready = []  # keys that wait for nothing
 
     def begin(self, key, task: tuple[int, dict]) -> None:
-        job, record = task
-        requests = self.requests(job, record)
-        if isinstance(requests, str):
-            self.begun[key] = Skipped(record["prompt_id"], requests)
-        else:
-            ids = self.engine.enqueue(requests)
-            self.begun[key] = record, ids, {}
-            self.owners |= dict.fromkeys(ids, key)
-        if isinstance(requests, str) or not requests:
-            self.ready.append(key)
+        self.new.append((key, task))
 
     def step(self) -> list:
+        if self.new:
+            self.encoding.append(self.encoder.submit(self._encode, self.new))
+            self.new = []
+        # The engine takes what is encoded; it waits for that only when it has nothing else to do.
+        while self.encoding and (self.encoding[0].done() or not (self.owners or self.ready)):
+            for encoded in self.encoding.popleft().result():
+                self._hand_on(*encoded)
         if not self.ready:
             for output in self.engine.step():
                 key = self.owners.pop(output.request_id, None)
@@ -268,10 +219,38 @@ class EngineWork:
 
     def result(self, key) -> dict | Skipped:
         begun = self.begun.pop(key)
+        if isinstance(begun, Exception):
+            raise begun
         if isinstance(begun, Skipped):
             return begun
         record, ids, outputs = begun
         return self.read(record, [outputs[name] for name in ids])
+
+    def _encode(self, tasks):
+        """[(key, record, its requests, why it is skipped, or the exception that it causes)], in the thread."""
+        found = []
+        for key, (job, record) in tasks:
+            try:
+                requests = self.requests(job, record)
+            except Exception as error:
+                requests = error
+            found.append((key, record, requests))
+        return found
+
+    def _hand_on(self, key, record, requests):
+        """Add the requests of a record to the engine."""
+        ids = []
+        if isinstance(requests, list):
+            try:
+                ids = self.engine.enqueue(requests)
+            except Exception as error:
+                requests = error
+        if isinstance(requests, str):
+            requests = Skipped(record["prompt_id"], requests)
+        self.begun[key] = (record, ids, {}) if isinstance(requests, list) else requests
+        self.owners |= dict.fromkeys(ids, key)
+        if not ids:
+            self.ready.append(key)
 
 
 class Sampler(EngineWork):
@@ -291,6 +270,7 @@ class Sampler(EngineWork):
         super().__init__()
         self.config, self.num_samples, self.temperature, self.top_p = config, num_samples, temperature, top_p
         self.tokenizer = load_tokenizer(config.model_path, config.tokenizer_path)
+        self.tokenizing = threading.Lock()  # the tokenizer refuses to be used by two threads at once
         self.end_ids = sorted({end_token_id(self.tokenizer), self.tokenizer.eos_token_id})
         length = config.max_prompt_tokens + config.max_new_tokens
         self.engine = Engine(config.model_path, config.tokenizer_path, length, config)
@@ -298,7 +278,8 @@ class Sampler(EngineWork):
     def requests(self, job: int, record: dict) -> list[tuple] | str:
         from data_utils import encode_prompt
 
-        ids = encode_prompt(self.tokenizer, record["prompt"])
+        with self.tokenizing:
+            ids = encode_prompt(self.tokenizer, record["prompt"])
         if len(ids) > self.config.max_prompt_tokens:
             return f"the prompt has {len(ids)} tokens, --max_prompt_tokens is {self.config.max_prompt_tokens}"
         return [(ids, self.params(job, record))]
@@ -329,8 +310,10 @@ class Sampler(EngineWork):
     def sample(self, completion):
         ids = list(completion.token_ids)
         content = ids[:-1] if completion.finish_reason == "stop" else ids
+        with self.tokenizing:
+            text = self.tokenizer.decode(content, skip_special_tokens=True)
         return {
-            "text": self.tokenizer.decode(content, skip_special_tokens=True),
+            "text": text,
             "token_ids": ids,
             "finish_reason": completion.finish_reason,
         }

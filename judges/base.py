@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from data_utils import model_fingerprint, resolve_tokenizer
+from engine_settings import EngineConfig
 from utils import StageError, check_at_least, fingerprint, split_list
-from vllm_model import Engine, EngineConfig, EngineWork, usable_model
+from vllm_model import Engine, EngineWork, usable_model
 from workers.worker import Work
 
 # Imported only when they are asked for.
@@ -181,6 +182,8 @@ class JudgeConfig(EngineConfig):
     def fingerprint(self) -> dict:
         """{setting: value} of all that the results of a judge, which is no panel, depend on."""
         settings = {name: value for name, value in super().fingerprint().items() if name in self.kind.settings}
+        if "dtype" in settings and self.dtype_on(self.finds_gpus()) != "float32":
+            settings["head_dtype"] = "float32"  # judgements of earlier versions, whose output layer rounded, are others
         if "template" in settings:
             settings["template"] = fingerprint(read_template(self.template))
         judge = model_fingerprint(self.judge_path) if self.kind.needs_engine else self.judge

@@ -34,7 +34,7 @@ class GenerativeJudge(Judge):
     Raises StageError for labels that no single position decides.
     """
 
-    settings = ("dtype", "judge_tokenizer", "template", "labels", "max_prompt_tokens")
+    settings = ("dtype", "engine_args", "judge_tokenizer", "template", "labels", "max_prompt_tokens")
     check = staticmethod(check_labels)
 
     def __init__(self, config: JudgeConfig):
@@ -45,7 +45,7 @@ class GenerativeJudge(Judge):
         labels = (encode_text(self.tokenizer, label) for label in split_list(config.labels))
         self.label_prefix, self.label_ids = split_labels(*labels)
         self.records, self.answers, self.mass = 0, 0, 0.0  # how many so far, and the sum of the label masses
-        self.engine = Engine(config.judge_path, config.tokenizer_path, self.max_prompt_tokens + 1, config)
+        self.engine = Engine(config.judge_path, config.tokenizer_path, self.max_prompt_tokens + 1, config, "judge")
 
     def requests(self, record: dict) -> list[tuple] | str:
         from vllm import SamplingParams

@@ -21,7 +21,7 @@ class RewardJudge(Judge):
     """
 
     has_labels = False
-    settings = ("dtype", "judge_tokenizer", "reward_temperature", "max_prompt_tokens")
+    settings = ("dtype", "engine_args", "judge_tokenizer", "reward_temperature", "max_prompt_tokens")
 
     @staticmethod
     def check(config: JudgeConfig) -> None:
@@ -39,7 +39,7 @@ class RewardJudge(Judge):
                 "classifier with one"
             )
         self.tokenizer = load_tokenizer(config.judge_path, config.tokenizer_path)
-        self.engine = Engine(config.judge_path, config.tokenizer_path, self.max_prompt_tokens, config, rewards=True)
+        self.engine = Engine(config.judge_path, config.tokenizer_path, self.max_prompt_tokens, config, "reward")
 
     def requests(self, record: dict) -> list[tuple] | str:
         from vllm import PoolingParams

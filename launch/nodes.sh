@@ -6,7 +6,8 @@
 
 find_machines() {  # the arrays `launch`, which starts training, and `judge` and `engines`, flags of the stages
   judge=(--judge "$JUDGE" --judge_type "$JUDGE_TYPE" --judge_weights "$JUDGE_WEIGHTS" --template "$TEMPLATE"
-    --api_base "$API_BASE" --max_prompt_tokens "$MAX_JUDGE_TOKENS" "${judge_flags[@]}")
+    --api_base "$API_BASE" --max_prompt_tokens "$MAX_JUDGE_TOKENS" --engine_args "$JUDGE_ENGINE_ARGS"
+    "${judge_flags[@]}")
   engines=(--engine "$ENGINE" --gpus "$GPUS" --tensor_parallel_size "$TENSOR_PARALLEL_SIZE" --on_error "$ON_ERROR"
     --stall_timeout "$STALL_TIMEOUT")
   launch=("$PYTHON")

@@ -116,6 +116,8 @@ begin() {
   if ((NODE_RANK == 0)); then prepare; else join_node_0; fi
   if [[ -n $plan ]]; then show_planned; return; fi
   helper experiment files || exit 1
+  [[ -z $ENGINE_ARGS$JUDGE_ENGINE_ARGS ]] ||
+    "$PYTHON" -m launch.engine_args --policy "$ENGINE_ARGS" --judge "$JUDGE_ENGINE_ARGS" || exit 1
   if [[ -n $only_prepare ]]; then prepare_offline; exit; fi
   if ((NODE_RANK == 0)); then lock_experiment; fi
   helper experiment check || exit 1

@@ -13,6 +13,7 @@ before the packages are installed, so it needs nothing but Python 3.9.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import shlex
@@ -194,8 +195,20 @@ def check_values(values: dict[str, str], given: Collection[str] = ()) -> None:
         raise Refused(f"NODE_RANK={values['NODE_RANK']} should be less than NODES={values['NODES']}")
     if values["ENGINE"] == "ray" and values["GPUS"] not in ("auto", "none"):
         raise Refused(f"GPUS={values['GPUS']}: with ENGINE=ray, Ray hands out the GPUs; give auto or none")
+    check_engine_args(values)
     check_start(values, given)
     check_judge(values)
+
+
+def check_engine_args(values: dict[str, str]) -> None:
+    """Refuse what is no JSON object; once vLLM is installed, launch/engine_args.py checks the names. Raises Refused."""
+    for name in ("ENGINE_ARGS", "JUDGE_ENGINE_ARGS"):
+        try:
+            found = json.loads(values[name] or "{}")
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise Refused(f"""{name}={values[name]} should be a JSON object such as '{{"max_num_seqs": 512}}'""")
 
 
 def check_start(values: dict[str, str], given: Collection[str]) -> None:

@@ -16,6 +16,8 @@ MAX_PROMPT_TOKENS=${MAX_PROMPT_TOKENS:-2048}  # longer prompts are skipped and l
 MAX_JUDGE_TOKENS=${MAX_JUDGE_TOKENS:-8191}  # longer judging prompts are skipped and listed
 EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-0.7}  # of the answers to the evaluation prompts
 EVAL_TOP_P=${EVAL_TOP_P:-0.95}  # nucleus sampling of these answers; 1: off
+ENGINE_ARGS=${ENGINE_ARGS:-}  # further arguments of the policy's vLLM engine, a JSON object (docs/machines.md)
+JUDGE_ENGINE_ARGS=${JUDGE_ENGINE_ARGS:-}  # the same of the judge's, for instance quantization (docs/judges.md)
 KL_FROM_START=${KL_FROM_START:-true}  # measure the KL from the initial policy at each round's end
 
 # Training

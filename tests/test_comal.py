@@ -462,6 +462,8 @@ def test_the_disk_is_checked(loop):
         ("JUDGE_WEIGHTS=x", "JUDGE_WEIGHTS=x should be numbers, comma-separated"),
         ("JUDGE_TYPE=server", "OPENAI_API_KEY is not set"),
         ("JUDGE_FLAGS=--labels 'A", "JUDGE_FLAGS=--labels 'A cannot be split into flags: No closing quotation"),
+        ("ENGINE_ARGS=[1]", "ENGINE_ARGS=[1] should be a JSON object such as '{\"max_num_seqs\": 512}'"),
+        ("JUDGE_ENGINE_ARGS={'a': 1}", "JUDGE_ENGINE_ARGS={'a': 1} should be a JSON object"),
         ("NAME=../../x", "NAME=../../x should be the name of a folder in exps/"),
         ("NAME=a/../../x", "NAME=a/../../x should be the name of a folder in exps/"),
         ("NAME=/tmp/x", "NAME=/tmp/x should be the name of a folder in exps/"),
@@ -489,6 +491,10 @@ def test_a_wrong_setting_is_refused_at_once(loop):
         ("REFERENCE=no/such/model", "no/such/model (REFERENCE): no such directory"),
         ("EVAL_PROMPTS=none.jsonl", "none.jsonl does not exist"),
         ("SPLITS=9", "train_2.jsonl does not exist"),
+        (
+            'JUDGE_ENGINE_ARGS={"quantisation": "fp8"}',
+            "JUDGE_ENGINE_ARGS: vLLM's engine has no argument quantisation; ",
+        ),
         ("GPUS=97", "GPUS=97 names GPU 97, but nvidia-smi lists: "),
     ],
 )

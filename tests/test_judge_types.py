@@ -230,6 +230,19 @@ def test_a_mixture_of_reward_models(reward_models, jsonl, tmp_path):
     assert found[2]["win_probs"][0][2] == 0.5  # identical responses
 
 
+def test_probabilities_and_rewards_of_bfloat16_judges_have_no_steps(demo_models, reward_models, jsonl, tmp_path):
+    """With a bfloat16 output layer a few margins, and so a few values of P, would come again and again."""
+    source, output = jsonl("samples.jsonl", *samples(61)), tmp_path / "scores.jsonl"
+    judges = f"{demo_models / 'judge'},{reward_models[0]}"
+    score(source, output, "--judge", judges, "--judge_type", "generative,reward", "--dtype", "bfloat16")
+    found = list(read(output, Record))[:60]
+    for values in (
+        [one["panel"][0]["win_probs"][i][j] for one in found for i, j in ((0, 1), (0, 2), (1, 2))],
+        [reward for one in found for reward in one["panel"][1]["rewards"]],
+    ):
+        assert len(values) == 180 and len({f"{value:.6f}" for value in values}) > 90
+
+
 def test_a_policy_is_no_reward_model(demo_models, jsonl, tmp_path):
     output = score(
         jsonl("samples.jsonl", *samples(1)),

@@ -4,8 +4,10 @@ python -m pytest tests/test_judges.py
 """
 
 import math
+import pickle
 import random
 import sys
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from judges.generative import GenerativeJudge, split_labels
 from judges.panel import mean
 from utils import StageError
 from workers.journal import Skipped
-from workers.worker import run_here
+from workers.worker import Worker, run_here
 
 # ---- Win probabilities ----
 
@@ -267,22 +269,63 @@ def test_judge_skips_a_record_that_is_too_long_and_no_other(judge):
 
 def test_records_share_the_engine_and_end_in_any_order(judge):
     work = judge.work()
-    work.begin("long", (0, record("a", "u", "v", "w")))
-    early, judge.engine.waiting = judge.engine.waiting, []
     work.begin("short", (0, record("b", "x", "y")))
-    judge.engine.waiting = early + judge.engine.waiting
+    work.begin("long", (0, record("a", "u", "v", "w")))
+    judge.engine.step = lambda: [judge.engine.output(judge.engine.waiting.pop(0))]
     ended = [(key, work.result(key)["prompt_id"]) for _ in range(8) for key in work.step()]
     assert ended == [("short", "b"), ("long", "a")] and not work.begun and not work.owners
     work.begin("same", (0, record("c", "x", "x")))  # nothing to ask
     assert work.step() == ["same"] and work.result("same")["order_gap"] is None
 
 
+def test_what_is_begun_is_encoded_while_the_engine_steps_and_reaches_it_whole_and_in_order(judge):
+    work, gate, asked = judge.work(), threading.Event(), judge.requests
+    work.begin("a", (0, record("a", "x", "y")))
+    assert work.step() == [] and len(judge.engine.prompts) == 2  # nothing else to do: it waited for the requests
+    judge.requests = lambda one: gate.wait(10) and asked(one)
+    for key in "bc":
+        work.begin(key, (0, record(key, "x", "y", prompt=key)))
+    assert work.step() == ["a"] and len(judge.engine.prompts) == 2  # it did not wait for those of b and c
+    gate.set()
+    assert [key for _ in range(4) for key in work.step()] == ["c", "b"]  # the last request is answered first
+    texts = [judge.tokenizer.decode(prompt) for prompt in judge.engine.prompts[2:]]
+    assert ["b|" in text for text in texts] == [True, True, False, False]
+
+
+def test_an_exception_while_a_record_is_encoded_or_handed_on_is_its_own(judge):
+    work, asked, taken = judge.work(), judge.requests, judge.engine.enqueue
+
+    def refuse(requests):
+        if not requests:
+            raise ValueError("nothing to ask")
+        return taken(requests)
+
+    judge.requests = lambda one: 1 / 0 if one["prompt_id"] == "bad" else asked(one)
+    judge.engine.enqueue = refuse
+    records = [record("a", "x", "y"), record("bad", "x", "y"), record("same", "x", "x"), record("d", "x", "y")]
+    worker = Worker(work)
+    events = worker.begin(7, {n: (0, one) for n, one in enumerate(records)})
+    while worker.left:
+        events += worker.step()
+    assert [(kind, number) for kind, number, _ in events] == [("failed", 7), ("failed", 7), ("done", 7)]
+    assert [value[:2] for kind, _, value in events if kind == "failed"] == [
+        (1, "ZeroDivisionError: division by zero"),
+        (2, "ValueError: nothing to ask"),
+    ]
+    found = events[-1][2]
+    assert {n: pickle.loads(one)["prompt_id"] for n, one in found.items()} == {0: "a", 3: "d"}
+    judge.requests = lambda one: (_ for _ in ()).throw(StageError("the template is gone"))
+    with pytest.raises(StageError, match="the template is gone"):
+        worker.begin(8, {0: (0, records[0])})
+        worker.step()
+
+
 def test_requests_of_a_record_that_could_not_be_added_are_forgotten(judge):
     work = judge.work()
-    judge.engine.waiting = [99]  # of a record whose other requests were refused
     work.begin("a", (0, record("a", "x", "y")))
-    judge.engine.waiting.reverse()
-    assert [key for _ in range(3) for key in work.step()] == ["a"]
+    assert work.step() == []
+    judge.engine.waiting.append(99)  # of a record whose other requests were refused
+    assert [key for _ in range(2) for key in work.step()] == ["a"]
 
 
 def test_a_model_that_does_not_answer_with_its_labels_is_no_judge(judge):

@@ -104,11 +104,11 @@ def _main(make_work, environment, connection):
             if not worker.left or connection.poll():
                 if (message := connection.recv()) is None:
                     break
-                events = worker.begin(*message)
-            else:
-                events = worker.step()
-            for event in events:
-                connection.send(event)
+                for event in worker.begin(*message):
+                    connection.send(event)
+            if worker.left:  # also before the next chunk is begun, so that it starts at once
+                for event in worker.step():
+                    connection.send(event)
     except StageError as error:
         connection.send(("error", None, str(error)))
     except (EOFError, BrokenPipeError):

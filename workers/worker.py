@@ -2,7 +2,7 @@
 
 The work of a worker is an object with three methods, about single records:
 
-    begin(key, task)   prepare a record and hand its requests on, to an engine or a server
+    begin(key, task)   take a record on
     step()             move everything that has begun on for a moment; the list of the keys that are ready
     result(key)        a ready record's result: a record, or a journal.Skipped
 

@@ -1,0 +1,161 @@
+"""What the engine of a judge does: how fine its probabilities are, and what encoding beside it saves.
+
+    python benchmarks/judge_engine.py margins --prompts FILE [--judge exps/demo-models/judge]
+    python benchmarks/judge_engine.py encoding --prompts FILE [--hidden 128] [--layers 2] [--rounds 3]
+
+`margins` judges in bfloat16 with the output layer in bfloat16, in bfloat16 with it in float32, as the project does, and
+in float32, and counts the different margins (log P(first label) - log P(second label), to 1e-4); then the same with the
+scores of a reward model with random weights.
+`encoding` judges chunks of prompts, two of which are in flight, as in a worker: once encoded by the thread that steps the
+engine, once by one beside it, in turn. The instructions and the responses are texts of the file.
+"""
+
+import os
+import tempfile
+import time
+from concurrent.futures import Future
+
+from common import in_its_own_process, random_model, record
+from judging import make_records
+from rewards import make_reward_model
+
+from judges import generative
+from judges.base import JudgeConfig
+from judges.generative import GenerativeJudge
+from judges.reward import RewardJudge
+from utils import run
+from workers.scheduler import IN_FLIGHT
+from workers.worker import Worker, run_here
+
+ROUNDED = '{"hf_overrides": {"head_dtype": "model"}}'  # the output layer in the dtype of the model
+WAYS = {
+    "bfloat16": ("bfloat16", ROUNDED),
+    "bfloat16, output layer float32": ("bfloat16", ""),
+    "float32": ("float32", ""),
+}
+
+
+def judged_margins(queue, config, records):
+    judge, found = GenerativeJudge(config), []
+    read = judge.read_labels
+
+    def keep(output):
+        first, second = (output.outputs[0].logprobs[0][label].logprob for label in judge.label_ids)
+        found.append(first - second)
+        return read(output)
+
+    judge.read_labels = keep
+    run_here(judge.work(), [(0, one) for one in records])
+    queue.put(found)
+
+
+def rewards(queue, config, records):
+    queue.put(
+        [
+            reward
+            for one in run_here(RewardJudge(config).work(), [(0, one) for one in records])
+            for reward in one["rewards"]
+        ]
+    )
+
+
+def margins(
+    prompts: str, judge: str = "exps/demo-models/judge", count: int = 15, num_samples: int = 5, gpus: str = "auto"
+):
+    """Count the different margins and rewards; append to RESULTS.md."""
+    records = make_records(prompts, count, num_samples)
+    many = make_records(prompts, 4 * count, num_samples)
+    lines = ["| | judgements | different margins | rewards | different rewards |", "|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        make_reward_model(judge, 256, 2, folder)
+        for name, (dtype, engine_args) in WAYS.items():
+            settings = {"dtype": dtype, "engine_args": engine_args, "gpus": gpus, "max_prompt_tokens": 2048}
+            config = JudgeConfig(judge=judge, **settings)
+            os.environ.update(config.environments()[0])
+            margin = in_its_own_process(judged_margins, config, records)
+            reward = in_its_own_process(rewards, JudgeConfig(judge=folder, judge_type="reward", **settings), many)
+            different = (len({round(value, 4) for value in values}) for values in (margin, reward))
+            lines.append(f"| {name} | {len(margin)} | {next(different)} | {len(reward)} | {next(different)} |")
+    record("Different margins and rewards by the dtype of the output layer", lines, packages=("torch", "vllm"))
+
+
+class Inline:
+    """Encodes in the thread that asks for it, in place of the thread beside it."""
+
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def drive(worker, chunks):
+    """Chunks through a worker, IN_FLIGHT of them at once."""
+    for number, chunk in enumerate(chunks):
+        while len(worker.left) == IN_FLIGHT:
+            worker.step()
+        worker.begin(number, {position: (0, one) for position, one in enumerate(chunk)})
+        worker.step()
+    while worker.left:
+        worker.step()
+
+
+def both_ways(queue, config, warm_up, chunks, rounds):
+    """[(seconds with encoding in the stepping thread, beside it)], and the seconds that encoding alone takes."""
+    generative.MIN_LABEL_MASS = 0  # of random weights
+    judge, times = GenerativeJudge(config), []
+    began = time.perf_counter()
+    for one in (one for chunk in chunks for one in chunk):
+        judge.requests(one)
+    alone = time.perf_counter() - began
+    run_here(judge.work(), [(0, warm_up)])
+    for _ in range(rounds):
+        pair = []
+        for beside in (False, True):
+            work = judge.work()
+            if not beside:
+                work.encoder = Inline()
+            judge.engine.llm.llm_engine.reset_prefix_cache()
+            began = time.perf_counter()
+            drive(Worker(work), chunks)
+            pair.append(time.perf_counter() - began)
+        times.append(pair)
+    queue.put((times, alone))
+
+
+def encoding(
+    prompts: str,
+    judge: str = "exps/demo-models/judge",
+    hidden: int = 0,
+    layers: int = 2,
+    chunks: int = 6,
+    chunk_size: int = 4,
+    num_samples: int = 5,
+    rounds: int = 3,
+    gpus: str = "auto",
+):
+    """Measure and append to RESULTS.md."""
+    warm_up, *records = make_records(prompts, 1 + chunks * chunk_size, num_samples)
+    parts = [records[first : first + chunk_size] for first in range(0, len(records), chunk_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        name = random_model(judge, hidden, layers, folder) if hidden else judge
+        config = JudgeConfig(judge=name, gpus=gpus, max_prompt_tokens=4096)
+        os.environ.update(config.environments()[0])
+        times, alone = in_its_own_process(both_ways, config, warm_up, parts, rounds)
+    inline, beside = (sorted(each)[len(times) // 2] for each in zip(*times))
+    judgements = len(records) * num_samples * (num_samples - 1)
+    record(
+        f"Encoding beside the engine, {judgements} judgements in {chunks} chunks",
+        [
+            "| encoding | seconds, each round | median |",
+            "|---|---|---|",
+            f"| in the thread that steps | {', '.join(f'{one:.2f}' for one, _ in times)} | {inline:.2f} |",
+            f"| beside it | {', '.join(f'{one:.2f}' for _, one in times)} | {beside:.2f} |",
+            "",
+            f"x{inline / beside:.2f}; encoding alone takes {alone:.2f} s, {1000 * alone / judgements:.2f} ms a judging prompt.",
+        ],
+        packages=("torch", "vllm"),
+    )
+
+
+if __name__ == "__main__":
+    run(margins, encoding)
