@@ -29,6 +29,7 @@ from workers.journal import check_fingerprint
 MAY_CHANGE = {
     "output",
     "micro_batch_tokens",
+    "sharding",
     "gradient_checkpointing",
     "save_steps",
     "start_tolerance",
