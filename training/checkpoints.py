@@ -102,6 +102,19 @@ def find_progress(output: Path, run: dict) -> Progress:
     return Progress(**recorded)
 
 
+def note_changes(path: Path, now: dict) -> None:
+    """Say what a run that goes on does otherwise than its training.json says, where only the order of sums depends on
+    it."""
+    if path.exists():
+        then = json.loads(path.read_text(encoding="utf-8"))
+        names = [
+            name for name in ("processes", "micro_batch_tokens", "sharding") if then.get(name, now[name]) != now[name]
+        ]
+        if names:
+            changes = ", ".join(f"{name} {then[name]} then, {now[name]} now" for name in names)
+            log.warning("WARNING: %s; sums are rounded otherwise than in a run that was not stopped", changes)
+
+
 def disk_error(output: Path, what: str) -> StageError:
     """The error for a file that could not be written, which says how to go on."""
     kept = max(resume_points(output), default=0)

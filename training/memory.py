@@ -113,6 +113,8 @@ def plan(
     """`choose` for a model, not yet prepared, on the GPUs of this run. The log says what was chosen, and from what."""
     sharded, card = accelerator.is_fsdp2, card_bytes(accelerator)
     processes = accelerator.num_processes if sharded else 1
+    if sharded and accelerator.parallelism_config and accelerator.parallelism_config.dp_shard_enabled:
+        processes = accelerator.parallelism_config.dp_shard_size  # others hold replicas of the shards
     width = 2 if accelerator.mixed_precision in ("bf16", "fp16") else 4
     # Without FSDP each process trains all parameters; log-probabilities are computed from float32 weights.
     whole = {name: name == "optimizer" if sharded else training for name in SHARDINGS}
@@ -132,11 +134,10 @@ def plan(
             longest,
         )
         if need.positions(card) < longest:
-            remedy = "; gradient checkpointing needs less" * (training and not model.is_gradient_checkpointing)
             log.warning(
-                "WARNING: the longest example may not fit into the GPU's memory: %.1f GiB%s, as do more GPUs",
+                "WARNING: the longest example needs some %.1f GiB; if memory runs out, take more GPUs%s",
                 (need.fixed + longest * need.position) / GIB,
-                remedy,
+                " or --gradient_checkpointing" * (training and not model.is_gradient_checkpointing),
             )
     return chosen, sharding_chosen
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_utils import load_tokenizer, resolve_model, resolve_tokenizer
-from training.checkpoints import Checkpoints, check_apart, check_output, find_progress, run_fingerprint
+from training.checkpoints import Checkpoints, check_apart, check_output, find_progress, note_changes, run_fingerprint
 from training.logps import response_logps
 from training.memory import check_choices, plan
 from training.metrics import Metrics, pair_sums, stored_logps, update_line
@@ -210,8 +210,7 @@ class Trainer:
         settings = settings | {"processes": accelerator.num_processes}
         if accelerator.is_main_process:
             path = Path(config.output) / "training.json"
-            if self.progress.step:
-                note_changes(json.loads(path.read_text(encoding="utf-8")), settings)
+            note_changes(path, settings)
             write_text(path, json.dumps(settings | versions, indent=2) + "\n")
 
     def run(self):
@@ -317,14 +316,6 @@ class Trainer:
         if difference is not None:
             difference = self.accelerator.gather(difference.reshape(1)).max().item()
         return metrics | {name: total / len(indices) for name, total in totals.items()}, difference
-
-
-def note_changes(then: dict, now: dict) -> None:
-    """Say what a run that goes on does otherwise than before, of what its figures depend on by rounding alone."""
-    names = ("processes", "micro_batch_tokens", "sharding")
-    changes = [f"{name} {then[name]} then, {now[name]} now" for name in names if then.get(name, now[name]) != now[name]]
-    if changes:
-        log.warning("WARNING: %s; sums are rounded otherwise than in a run without a stop", ", ".join(changes))
 
 
 def data_order(config: TrainingConfig, count: int, epoch: int) -> list[int]:
