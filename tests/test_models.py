@@ -42,6 +42,10 @@ def dealt_to(processes, batches, lengths):
     ]
 
 
+def test_nothing_is_dealt_where_nothing_is_left():
+    assert dealt_to(2, [], []) == [[], []]
+
+
 @pytest.mark.parametrize("tokens", [0, 700, 5000])
 @pytest.mark.parametrize("count, processes", [(1, 1), (9, 1), (1, 8), (7, 3), (32, 8), (13, 5), (40, 4)])
 def test_examples_are_dealt_once_and_in_equally_many_passes(count, processes, tokens):

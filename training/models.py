@@ -123,9 +123,10 @@ def copy_for_logps(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A whole copy of the model on each process, with the parameters as FSDP 2 has them in a forward pass: in bfloat16
     where that is the precision, while buffers, above all rotary frequencies, stay in float32. So its values are those
     of the sharded model bit for bit. The first process has read the weights; the others may not have."""
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy  # None in float32
     for tensor in [*model.parameters(), *model.buffers()]:
-        as_bfloat16 = isinstance(tensor, nn.Parameter) and accelerator.mixed_precision == "bf16"
-        tensor.data = tensor.data.to(accelerator.device, torch.bfloat16 if as_bfloat16 else tensor.dtype)
+        dtype = policy.param_dtype if policy and isinstance(tensor, nn.Parameter) else tensor.dtype
+        tensor.data = tensor.data.to(accelerator.device, dtype)
         torch.distributed.broadcast(tensor.data, src=0)
     return model
 
@@ -184,4 +185,4 @@ def local_batches(
         dealt[fewest].append((batch, True))
         positions[fewest] += len(batch) * max(lengths[i] for i in batch)
     mine = dealt[accelerator.process_index]
-    return mine + [(batches[-1], False)] * (rounds - len(mine))
+    return mine + [(batch, False) for batch in batches[-1:]] * (rounds - len(mine))
