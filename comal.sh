@@ -126,7 +126,8 @@ logprobs() {  # log-probabilities of the pairs under the policy and the referenc
     --input "$iter/train.pairs.jsonl,$iter/test.pairs.jsonl" \
     --output "$iter/data/train.jsonl,$iter/data/test.jsonl" \
     --max_length "$MAX_LENGTH" \
-    --micro_batch_tokens "$MICRO_BATCH_TOKENS"
+    --micro_batch_tokens "$MICRO_BATCH_TOKENS" \
+    --sharding "$SHARDING"
 }
 
 start_logprobs() {  # the same under the initial policy, at a round's end, to measure the KL from it
@@ -139,7 +140,8 @@ start_logprobs() {  # the same under the initial policy, at a round's end, to me
     --input "$iter/test.pairs.jsonl" \
     --output "$iter/eval/start_logps.jsonl" \
     --max_length "$MAX_LENGTH" \
-    --micro_batch_tokens "$MICRO_BATCH_TOKENS"
+    --micro_batch_tokens "$MICRO_BATCH_TOKENS" \
+    --sharding "$SHARDING"
 }
 
 train() {  # the next policy
@@ -160,6 +162,7 @@ train() {  # the next policy
     --num_epochs "$NUM_EPOCHS" \
     --global_batch_size "$GLOBAL_BATCH_SIZE" \
     --micro_batch_tokens "$MICRO_BATCH_TOKENS" \
+    --sharding "$SHARDING" \
     --max_length "$MAX_LENGTH" \
     --weight_decay "$WEIGHT_DECAY" \
     --max_grad_norm "$MAX_GRAD_NORM" \

@@ -39,7 +39,15 @@ from data_utils import (
 from records import Data, writer
 from training.datasets import UnscoredPairDataset
 from training.logps import response_logps
-from training.models import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
+from training.memory import check_choices, plan
+from training.models import (
+    copy_for_logps,
+    load_model,
+    local_batches,
+    micro_batches,
+    start_accelerator,
+    vocabulary_size,
+)
 from utils import StageError, check_at_least, file_lists, fingerprint, log, run
 from workers.journal import Journal
 
@@ -71,7 +79,20 @@ def open_journals(label, model_dir, tokenizer, inputs, outputs, accelerator):
     ]
 
 
-def model_logps(model_dir, datasets, journals, tokens, accelerator):
+def prepare(model, datasets, tokens, sharding, accelerator):
+    """(the model, ready for `response_logps`; positions of a forward pass): under FSDP 2 sharded, or a whole copy on
+    each process."""
+    longest = max(length for dataset in datasets for length in dataset.lengths)
+    tokens, sharding = plan(model, accelerator, tokens, sharding, longest, training=False)
+    if accelerator.is_fsdp2 and sharding == "optimizer":
+        model = copy_for_logps(model, accelerator)
+    else:
+        # Under FSDP 2 accelerate shards a model only with an optimiser; this one keeps no state and never steps.
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    return model.eval(), tokens
+
+
+def model_logps(model_dir, datasets, journals, tokens, sharding, accelerator):
     """[[(chosen, rejected) summed log-probabilities of each pair] of each data set] under one model.
 
     Batches are the same wherever an earlier run was stopped; those that `journals` (the main process's, one a data set)
@@ -82,12 +103,9 @@ def model_logps(model_dir, datasets, journals, tokens, accelerator):
     ]
     (finished,) = broadcast_object_list([finished])
     if not all(map(all, finished)):
-        model = load_model(model_dir)
-        # Under FSDP 2 accelerate shards a model only with an optimiser; this one keeps no state and never steps.
-        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-        model.eval()
+        model, tokens = prepare(load_model(model_dir), datasets, tokens, sharding, accelerator)
         for number, dataset in enumerate(datasets):
-            batches = micro_batches(range(len(dataset)), dataset.lengths, tokens)
+            batches = micro_batches(range(len(dataset)), dataset.lengths, tokens, accelerator.num_processes)
             left = [batch for batch in batches if not all(finished[number][i] for i in batch)]
             bar = tqdm(
                 total=len(dataset),
@@ -96,7 +114,7 @@ def model_logps(model_dir, datasets, journals, tokens, accelerator):
                 desc="log-probabilities",
                 disable=not accelerator.is_main_process,
             )
-            for found in compute(model, dataset, list(local_batches(left, accelerator)), accelerator):
+            for found in compute(model, dataset, local_batches(left, dataset.lengths, accelerator), accelerator):
                 if accelerator.is_main_process:
                     journals[number].append(
                         [{"prompt_id": dataset.ids[index], "logps": logps} for index, *logps in found]
@@ -147,7 +165,8 @@ def main(
     input: str,
     output: str,
     tokenizer: str = "",
-    micro_batch_tokens: int = 0,
+    micro_batch_tokens: str = "auto",
+    sharding: str = "auto",
     max_length: int = 2048,
 ):
     """Add the log-probabilities under the last policy and the reference to pairs.
@@ -159,10 +178,13 @@ def main(
         output: the data files, one for each input
         tokenizer: directory or Hub id; default: the model's
         micro_batch_tokens: positions of a forward pass on one process, padding included; at 0 each pair goes alone, as
-            longer ones always do: no padding, and values that do not depend on neighbours
+            longer ones always do: no padding, and values that do not depend on neighbours; auto is what fits into the
+            GPUs' memory, and 0 on a CPU
+        sharding: full, or optimizer, where FSDP divides the model among the GPUs only in training and here each has a
+            copy with the same values; auto is optimizer where that fits into the GPUs' memory. On a CPU it is full
         max_length: prompt and response tokens together, at most
     """
-    check_at_least(0, micro_batch_tokens=micro_batch_tokens)
+    check_choices(micro_batch_tokens, sharding)
     check_at_least(1, max_length=max_length)
     inputs, outputs = file_lists(input=input, output=output)
     accelerator = start_accelerator(seed=0)
@@ -174,7 +196,7 @@ def main(
         for label, model_dir in zip(("last", "ref"), model_dirs)
     ]
     logps = [
-        model_logps(model_dir, datasets, own, micro_batch_tokens, accelerator)
+        model_logps(model_dir, datasets, own, micro_batch_tokens, sharding, accelerator)
         for model_dir, own in zip(model_dirs, journals)
     ]
     if accelerator.is_main_process:

@@ -131,6 +131,7 @@ CHOICES = {
     "ON_ERROR": ("fail", "skip"),
     "KEEP_CKPTS": ("all", "rounds", "last"),
     "ENGINE": ("local", "ray"),
+    "SHARDING": ("auto", "full", "optimizer"),
 }
 WHOLE = {  # the least value
     **dict.fromkeys(["ROUNDS", "SPLITS", "MAX_PROMPT_TOKENS", "MAX_NEW_TOKENS", "MAX_JUDGE_TOKENS", "NUM_EPOCHS"], 1),
@@ -142,6 +143,7 @@ WHOLE = {  # the least value
     "FIRST_ITERATION": 0,
     "NUM_SAMPLES": 2,
 }
+AUTO = ("MICRO_BATCH_TOKENS",)  # may also be auto
 NUMBERS = ("TAU_ETA_RATIO", "BETA", "TEMPERATURE", "TOP_P", "LEARNING_RATE", "WARMUP_RATIO", "MAX_GRAD_NORM")
 NUMBERS += ("EVAL_TEMPERATURE", "EVAL_TOP_P", "WEIGHT_DECAY", "SAVE_MINUTES")
 POSITIVE = ("LEARNING_RATE", "BETA", "TOP_P", "EVAL_TOP_P")
@@ -157,6 +159,7 @@ FREE |= {
     "GPUS",
     "TENSOR_PARALLEL_SIZE",
     "ENGINE",
+    "SHARDING",
 }
 FREE |= {"ON_ERROR", "STALL_TIMEOUT", "NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -174,8 +177,12 @@ def check_values(values: dict[str, str], given: Collection[str] = ()) -> None:
         if values[name] not in choices:
             raise Refused(f"{name}={values[name]} is unknown; choose one of: {' '.join(choices)}")
     for name, least in WHOLE.items():
+        if values[name] == "auto" and name in AUTO:
+            continue
         if not (re.fullmatch("0|[1-9][0-9]*", values[name]) and int(values[name]) >= least):
-            raise Refused(f"{name}={values[name]} should be a whole number, at least {least}")
+            raise Refused(
+                f"{name}={values[name]} should be a whole number, at least {least}{', or auto' * (name in AUTO)}"
+            )
     for name in NUMBERS:
         if not re.fullmatch(NUMBER, values[name]):
             raise Refused(f"{name}={values[name]} should be a number, 0 or more")

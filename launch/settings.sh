@@ -22,7 +22,8 @@ KL_FROM_START=${KL_FROM_START:-true}  # measure the KL from the initial policy a
 
 # Training
 WARMUP_RATIO=${WARMUP_RATIO:-0.1}  # share of the updates in which the learning rate rises
-MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-0}  # tokens of a forward pass on one GPU; 0: one pair at a time
+MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-auto}  # tokens of a forward pass on one GPU; 0: one pair; auto: what fits
+SHARDING=${SHARDING:-auto}  # what GPUs divide: full (all), or optimizer (faster, more memory); auto: by the memory
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}  # of AdamW; at a learning rate of 5e-7 it has no effect
 MAX_GRAD_NORM=${MAX_GRAD_NORM:-0}  # gradients are clipped to this norm; 0: not at all
 GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false}  # true: less memory, a third more time

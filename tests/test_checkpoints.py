@@ -323,7 +323,7 @@ def test_without_resume_points_training_begins_again(undisturbed, train, stopped
 
 
 def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(
-    undisturbed, train, stopped, setting, tmp_path
+    undisturbed, train, stopped, setting, tmp_path, caplog
 ):
     flags = undisturbed["last"].flags
     data = write(tmp_path / "data.jsonl", setting.records)
@@ -347,6 +347,7 @@ def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(
     moved = write(tmp_path / "moved.jsonl", setting.records)
     train(**(again | {"input": moved, "micro_batch_tokens": 99, "save_minutes": 0, "gradient_checkpointing": True}))
     assert column(tmp_path / "ckpt", "step")[-1] == 8
+    assert "WARNING: micro_batch_tokens 150 then, 99 now; sums are rounded otherwise" in caplog.text
 
 
 def test_find_progress_reads_what_an_earlier_version_recorded(tmp_path):

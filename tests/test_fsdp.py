@@ -26,8 +26,7 @@ from safetensors.torch import load_file
 import inpo
 import mle
 
-# Eleven pairs in batches of six and five, micro-batches of two or three: the second process has none in the second
-# round, and the last one is shorter.
+# Eleven pairs in batches of six and five: one or two forward passes an update on each process, of one to three pairs.
 INPO = dict(
     eta=0.02,
     tau_eta_ratio=0.25,
@@ -133,8 +132,13 @@ def runs(setting, outputs):
     job("ddp", "inpo.py", flags(setting), fsdp=False)
     job("float32", "inpo.py", flags(setting), efficient=False)
     job("efficient", "inpo.py", flags(setting, gradient_checkpointing=True))
+    job("optimizer", "inpo.py", flags(setting, sharding="optimizer"))
     job("logprobs", "get_logprobs.py", logprobs)
     job("logprobs_bf16", "get_logprobs.py", logprobs, precision="bf16")
+    copies = logprobs | {"sharding": "optimizer"}
+    job("copies_bf16", "get_logprobs.py", copies, precision="bf16")
+    job("copies_batched_bf16", "get_logprobs.py", copies | {"micro_batch_tokens": 150}, precision="bf16")
+    job("logprobs_batched_bf16", "get_logprobs.py", logprobs | {"micro_batch_tokens": 150}, precision="bf16")
     job(
         "bf16", "inpo.py", flags(setting, input=bf16_data, validation=bf16_data, micro_batch_tokens=0), precision="bf16"
     )
@@ -187,10 +191,29 @@ def test_fsdp_shards_every_parameter_and_gathers_layer_by_layer(runs):
     assert "lm_head.weight" in runs.untied.report["shards"] and "lm_head.weight" not in runs.float32.report["shards"]
 
 
-@pytest.mark.parametrize("name", ["float32", "efficient"])
+@pytest.mark.parametrize("name", ["float32", "efficient", "optimizer"])
 def test_fsdp_gives_the_losses_and_the_checkpoint_of_one_process(runs, name, one_process, capsys):
     # "efficient" also recomputes activations (--gradient_checkpointing).
     check_against_one_process(f"FSDP 2, {name},", getattr(runs, name).output, one_process, capsys)
+
+
+def test_fsdp_gathers_and_reduces_less_where_only_the_optimiser_is_sharded(runs):
+    """Four updates, the last of one pass and the others of two; after the second and the fourth a validation of three
+    passes, and its weights saved. Three units: two layers, and the rest, which is kept until it is used again."""
+    full, optimizer = runs.float32.report, runs.optimizer.report
+    passes, validations = 2 + 2 + 2 + 1, 2
+    assert full["reductions"] == passes * 3 and optimizer["reductions"] == 4 * 3
+    assert full["gathers"] == passes * (3 + 2) + validations * (3 * 2 + 1)  # layers in the backward pass once more
+    assert optimizer["gathers"] == 4 * 3 + validations * 3
+
+
+def test_log_probabilities_of_a_copy_are_those_of_the_sharded_model_bit_for_bit(runs):
+    for passes in ("", "_batched"):
+        sharded, copies = (getattr(runs, f"{name}{passes}_bf16") for name in ("logprobs", "copies"))
+        assert copies.output.read_bytes() == sharded.output.read_bytes()
+        assert sharded.report["units"] and "units" not in copies.report
+        assert copies.report["logps_dtypes"] == ["torch.float32"] and "gathers" not in copies.report
+    assert runs.copies_bf16.output.read_bytes() != runs.logprobs.output.read_bytes()  # those are float32
 
 
 def test_fsdp_efficient_loading_reads_the_weights_in_one_process(runs):

@@ -35,6 +35,7 @@ from workers.journal import check_fingerprint
 MAY_CHANGE = {
     "output",
     "micro_batch_tokens",
+    "sharding",
     "gradient_checkpointing",
     "save_minutes",
     "start_tolerance",
@@ -105,6 +106,19 @@ def find_progress(output: Path, run: dict) -> Progress:
     then = recorded.pop("fingerprint", None) or recorded.pop("made_with")  # the name that an earlier version gave it
     check_fingerprint(output, "an unfinished run", then, run)
     return Progress(**recorded)
+
+
+def note_changes(path: Path, now: dict) -> None:
+    """Say what a run that goes on does otherwise than its training.json says, where only the order of sums depends on
+    it."""
+    if path.exists():
+        then = json.loads(path.read_text(encoding="utf-8"))
+        names = [
+            name for name in ("processes", "micro_batch_tokens", "sharding") if then.get(name, now[name]) != now[name]
+        ]
+        if names:
+            changes = ", ".join(f"{name} {then[name]} then, {now[name]} now" for name in names)
+            log.warning("WARNING: %s; sums are rounded otherwise than in a run that was not stopped", changes)
 
 
 def disk_error(output: Path, what: str) -> StageError:

@@ -5,8 +5,11 @@ processes, and `training.logps.response_logps` on each of them. Models come as d
 that it was given once, with `data_utils.resolve_model`.
 """
 
+import contextlib
 import logging
+import math
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 
@@ -142,24 +145,95 @@ def vocabulary_size(directory: str) -> int:
         raise StageError(f"model {directory} does not load: {first_line(error)}") from None
 
 
-def micro_batches(indices: Iterable[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Examples in groups for one forward pass each, the longest first, so that there is little padding and neighbours
-    take the same time: as many as fit into `tokens` positions, padding included, but at least one."""
-    groups = []
-    for index in sorted(indices, key=lambda index: -lengths[index]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def prepare_for_training(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, sharding: str
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model and its optimiser under accelerate. With `sharding` "optimizer" parameters stay gathered after a
+    forward pass, and `one_pass` keeps them so until the last one of an update."""
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2 and sharding == "optimizer":
+        model.set_reshard_after_forward(False)
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def one_pass(model: nn.Module, accelerator: Accelerator, sharding: str, last: bool) -> Iterator[None]:
+    """The forward and backward pass of one micro-batch. Gradients are reduced among the processes in the `last` one of
+    an update; under FSDP 2 with `sharding` "full" in every one, because they need not exist as a whole then."""
+    every = accelerator.is_fsdp2 and sharding == "full"
+    if accelerator.is_fsdp2:
+        model.set_reshard_after_backward(every or last)
+    with contextlib.nullcontext() if every or last else accelerator.no_sync(model):
+        yield
+
+
+def copy_for_logps(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A whole copy of the model on each process, with the parameters as FSDP 2 has them in a forward pass: in bfloat16
+    where that is the precision, while buffers, above all rotary frequencies, stay in float32. So its values are those
+    of the sharded model bit for bit. The first process has read the weights; the others may not have."""
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy  # None in float32
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dtype = policy.param_dtype if policy and isinstance(tensor, nn.Parameter) else tensor.dtype
+        tensor.data = tensor.data.to(accelerator.device, dtype)
+        torch.distributed.broadcast(tensor.data, src=0)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- dealing
+
+
+def micro_batches(indices: Iterable[int], lengths: Sequence[int], tokens: int, processes: int = 1) -> list[list[int]]:
+    """Examples in groups for one forward pass each, the costliest first.
+
+    The rows of a group are padded to its longest, so a group consists of neighbours in length and costs its number of
+    rows times its longest, in positions: as many as fit into `tokens`, but at least one row. For several processes
+    there are equally many groups for each, unless there are too few examples, and the costliest one is as cheap as the
+    number of groups allows.
+    """
+    order = sorted(indices, key=lambda index: -lengths[index])
+    groups = neighbours(order, lengths, tokens)
+    if processes == 1:
+        return groups
+    cost = lambda group: len(group) * lengths[group[0]]
+    count = min(len(order), math.ceil(len(groups) / processes) * processes)
+    few_enough = lambda limit: len(neighbours(order, lengths, limit)) <= count
+    groups = neighbours(order, lengths, bisect_left(range(tokens), True, key=few_enough))
+    while len(groups) < count:  # examples of the same length, which no limit divides so
+        largest = max((group for group in groups if len(group) > 1), key=cost)
+        groups.append(largest[len(largest) // 2 :])
+        del largest[len(largest) // 2 :]
+    return sorted(groups, key=cost, reverse=True)
+
+
+def neighbours(order: list[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Examples, the longest first, in as few groups of neighbours as cost at most `limit` positions or have one row."""
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= limit:
             groups[-1].append(index)
         else:
             groups.append([index])
     return groups
 
 
-def local_batches(batches: list[list[int]], accelerator: Accelerator) -> Iterator[tuple[list[int], bool]]:
-    """Deal micro-batches to the processes, the same number to each.
+def local_batches(
+    batches: list[list[int]], lengths: Sequence[int], accelerator: Accelerator
+) -> list[tuple[list[int], bool]]:
+    """Deal micro-batches to the processes, the same number to each: one after another to the process that has the
+    fewest positions so far.
 
-    Yields (list of indices, whether they count): a process without one left repeats the first without counting
-    it, because all processes must take part in every collective operation.
+    Returns those of this process, [(list of indices, whether they count)]: a process with one too few repeats the last
+    batch without counting it, because all processes must take part in every collective operation.
     """
-    for i in range(0, len(batches), accelerator.num_processes):
-        mine = i + accelerator.process_index
-        yield (batches[mine], True) if mine < len(batches) else (batches[0], False)
+    rounds = math.ceil(len(batches) / accelerator.num_processes)
+    dealt: list[list[tuple[list[int], bool]]] = [[] for _ in range(accelerator.num_processes)]
+    positions = [0] * accelerator.num_processes
+    for batch in batches:
+        fewest = min((p for p in range(len(dealt)) if len(dealt[p]) < rounds), key=lambda p: positions[p])
+        dealt[fewest].append((batch, True))
+        positions[fewest] += len(batch) * max(lengths[i] for i in batch)
+    mine = dealt[accelerator.process_index]
+    return mine + [(batch, False) for batch in batches[-1:]] * (rounds - len(mine))

@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from data_utils import load_tokenizer, resolve_model, resolve_tokenizer
-from training.checkpoints import Checkpoints, check_apart, check_output, find_progress, run_fingerprint
+from training.checkpoints import Checkpoints, check_apart, check_output, find_progress, note_changes, run_fingerprint
 from training.logps import batch_logps, model_inputs, on_device
+from training.memory import check_choices, plan
 from training.metrics import Metrics, pair_sums, stored_logps, update_line
-from training.models import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
+from training.models import (
+    load_model,
+    local_batches,
+    micro_batches,
+    one_pass,
+    prepare_for_training,
+    start_accelerator,
+    vocabulary_size,
+)
 from training.start_check import check_start, furthest_off
 from utils import StageError, check_at_least, check_input, log, split_list, write_text
 
@@ -40,7 +49,11 @@ class TrainingConfig:
         num_epochs: passes over the data
         global_batch_size: examples an update, whatever the number of processes
         micro_batch_tokens: positions of a forward pass on one process, padding included; the rest is accumulated. At 0
-            each example goes alone, as longer ones always do: no padding, and values that do not depend on neighbours
+            each example goes alone, as longer ones always do: no padding, and values that do not depend on neighbours.
+            auto is what fits into the GPUs' memory, and 0 on a CPU
+        sharding: what FSDP divides among the GPUs: full (parameters, gradients and the optimiser), or optimizer
+            (parameters and gradients stay whole from the first pass of an update to the last, for less traffic);
+            auto is optimizer where it fits into the GPUs' memory. On a CPU it is full
         max_length: prompt and response tokens; longer data is an error
         weight_decay: AdamW's; torch's default, as in the released scripts
         max_grad_norm: clip the gradient's norm to this; 0 does not clip
@@ -69,7 +82,8 @@ class TrainingConfig:
     warmup_ratio: float = 0.1
     num_epochs: int = 3
     global_batch_size: int = 32
-    micro_batch_tokens: int = 0
+    micro_batch_tokens: str = "auto"
+    sharding: str = "auto"
     max_length: int = 2048
     weight_decay: float = 0.01
     max_grad_norm: float = 0.0
@@ -88,12 +102,12 @@ class TrainingConfig:
                 raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
         check_at_least(
             0,
-            micro_batch_tokens=self.micro_batch_tokens,
             save_minutes=self.save_minutes,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             start_tolerance=self.start_tolerance,
         )
+        check_choices(self.micro_batch_tokens, self.sharding)
         if not 0 <= self.seed < 2**32:  # NumPy's
             raise StageError(f"--seed should be between 0 and {2**32 - 1}, got {self.seed}")
         if self.select not in ("best", "last"):
@@ -158,7 +172,12 @@ class Trainer:
         self.data, self.validation = load(config.input), load(config.validation) if config.validation else None
         model = load_model(model_dir, config.from_config, config.gradient_checkpointing)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        longest = max([*self.data.lengths, *(self.validation.lengths if self.validation else [])])
+        self.micro_batch_tokens, self.sharding = plan(
+            model, self.accelerator, config.micro_batch_tokens, config.sharding, longest
+        )
+        settings |= {"micro_batch_tokens": self.micro_batch_tokens, "sharding": self.sharding}
+        self.model, self.optimizer = prepare_for_training(model, optimizer, self.accelerator, self.sharding)
         self.steps_per_epoch = math.ceil(len(self.data) / config.global_batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.checkpoints = Checkpoints(config, self.accelerator, self.model, tokenizer, fingerprint, self.progress)
@@ -184,14 +203,17 @@ class Trainer:
             "global batch %d, dealt to %d processes, %s a forward pass; %d examples, %d updates; %s, %s",
             config.global_batch_size,
             accelerator.num_processes,
-            f"{config.micro_batch_tokens} tokens" if config.micro_batch_tokens else "one example",
+            f"{self.micro_batch_tokens} tokens" if self.micro_batch_tokens else "one example",
             len(self.data),
             self.total_steps,
             accelerator.distributed_type.value.replace("NO", "one process"),
             accelerator.mixed_precision.replace("no", "float32"),
         )
+        settings = settings | {"processes": accelerator.num_processes}
         if accelerator.is_main_process:
-            write_text(Path(config.output) / "training.json", json.dumps(settings | versions, indent=2) + "\n")
+            path = Path(config.output) / "training.json"
+            note_changes(path, settings)
+            write_text(path, json.dumps(settings | versions, indent=2) + "\n")
 
     def run(self):
         """Make all updates that are left and finish the checkpoint."""
@@ -263,18 +285,21 @@ class Trainer:
         if not normaliser > 0:
             raise StageError(f"{dataset.path}: all examples of a batch have weight 0")
         totals, off, untouched = {}, [], backward and self.progress.step == 0
-        batches = micro_batches(indices, dataset.lengths, self.config.micro_batch_tokens)
-        for mine, counts in local_batches(batches, self.accelerator):
+        processes = self.accelerator.num_processes
+        batches = micro_batches(indices, dataset.lengths, self.micro_batch_tokens, processes)
+        dealt = local_batches(batches, dataset.lengths, self.accelerator)
+        for number, (mine, counts) in enumerate(dealt, 1):
             batch = dataset.collate([dataset[i] for i in mine])
             batch["weight"] = torch.tensor([weight_of[i] * counts for i in mine])
             batch = on_device(batch | model_inputs(self.model, batch["rows"], device), device)
-            with torch.set_grad_enabled(backward):
+            reduces = number == len(dealt)
+            with one_pass(self.model, self.accelerator, self.sharding, reduces), torch.set_grad_enabled(backward):
                 logps = batch_logps(self.model, batch)
                 losses = self.compute_loss(logps, batch)  # (N,)
                 loss = (losses * batch["weight"]).sum()
-            if backward:
-                # Gradients are averaged over processes; the loss is a sum over them.
-                self.accelerator.backward(loss / normaliser * self.accelerator.num_processes)
+                if backward:
+                    # Gradients are averaged over processes; the loss is a sum over them.
+                    self.accelerator.backward(loss / normaliser * processes)
             with torch.no_grad():
                 sums = {"loss": loss}
                 if "last_chosen_logps" in batch:

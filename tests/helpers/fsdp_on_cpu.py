@@ -22,6 +22,7 @@ JOBS.json: a list of
              policies            their mixed precision, as text
              loaded_norms        of the embeddings before sharding, one a process
              logits_dtypes, logps_dtypes     of all forward passes
+             gathers, reductions             of parameters and of gradients, on the first process
              exit_codes          of the stage, one a process
 """
 
@@ -43,6 +44,11 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 
 from training import logps, models  # noqa: E402
 
+# By which FSDP 2 gathers parameters and reduces gradients, by their names of torch 2.13 and before.
+COLLECTIVES = {
+    "gathers": ("all_gather_single", "all_gather_into_tensor"),
+    "reductions": ("reduce_scatter_single", "reduce_scatter_tensor"),
+}
 seen = {}
 
 
@@ -89,6 +95,17 @@ def note_dtype(sum_by_owner):
     return noted
 
 
+def count_calls(name, what):
+    """Count the calls of a function of torch.distributed."""
+    original = getattr(torch.distributed, name)
+
+    def counted(*args, **kwargs):
+        seen[what] = seen.get(what, 0) + 1
+        return original(*args, **kwargs)
+
+    setattr(torch.distributed, name, counted)
+
+
 def reset():
     """The next Accelerator begins anew, in the same group of processes."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -108,6 +125,8 @@ def run(job):
 def main(jobs_path):
     PartialState.destroy_process_group = lambda self, group=None: None  # only after the last job
     logps.sum_by_owner = note_dtype(logps.sum_by_owner)
+    for what, names in COLLECTIVES.items():
+        count_calls(next(name for name in names if hasattr(torch.distributed, name)), what)
     for job in json.loads(Path(jobs_path).read_text()):
         os.environ |= {
             name: str(value).lower() if isinstance(value, bool) else value for name, value in job["env"].items()
