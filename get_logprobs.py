@@ -22,6 +22,7 @@ configuration, above all the same precision.
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -82,10 +83,12 @@ def model_logps(model_dir, datasets, journals, tokens, accelerator):
     ]
     (finished,) = broadcast_object_list([finished])
     if not all(map(all, finished)):
+        began = time.monotonic()
         model = load_model(model_dir)
         # Under FSDP 2 accelerate shards a model only with an optimiser; this one keeps no state and never steps.
         model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
         model.eval()
+        loaded = time.monotonic()
         for number, dataset in enumerate(datasets):
             batches = micro_batches(range(len(dataset)), dataset.lengths, tokens)
             left = [batch for batch in batches if not all(finished[number][i] for i in batch)]
@@ -103,6 +106,13 @@ def model_logps(model_dir, datasets, journals, tokens, accelerator):
                     )
                 bar.update(len(found))
             bar.close()
+        if accelerator.is_main_process:
+            log.info(
+                "%d pairs in %.1f s, after %.1f s of loading",
+                sum(map(len, finished)) - sum(map(sum, finished)),
+                time.monotonic() - loaded,
+                loaded - began,
+            )
         accelerator.free_memory(model)
     return [
         [json.loads(line)["logps"] for line in journal.lines(dataset.ids)]

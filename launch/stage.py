@@ -1,12 +1,12 @@
 """Run one stage for comal.sh: its output goes to a log, one live line to the terminal, and no process outlives it.
 
     python3 launch/stage.py --name sampling --where "iteration 0 of 12" --log exps/x/iter0/logs/sampling.log \\
-        --journal exps/x/logs/comal.log --parent $$ -- COMMAND...
+        --times exps/x/iter0/logs/times.jsonl --journal exps/x/logs/comal.log --gpus auto --parent $$ -- COMMAND...
 
-The log is appended to: each run begins with a line that has the time and the command. After a success the seconds go to
-times.jsonl beside the log. At a failure the end of the log is shown, and the exit code is 1. --show leaves what the
-command prints to the caller and --quiet shows nothing; then the exit code is the command's, or 128 + N where signal N
-ended it. 128 + N is also the exit code where signal N ended this process.
+The log is appended to: each run begins with a line that has the time and the command. After a success the seconds and
+the most memory that it took (memory.py) go to the file --times. At a failure the end of the log is shown, and the exit
+code is 1. --show leaves what the command prints to the caller and --quiet shows nothing; then the exit code is the
+command's, or 128 + N where signal N ended it. 128 + N is also the exit code where signal N ended this process.
 
 No process of a stage outlives it, in whatever way it ends:
 - The stage ends, by itself or killed, and leaves processes in whatever group or session: they become children of this
@@ -32,6 +32,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from memory import Peaks, parents
 
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 STOPPING_SECONDS = 10  # for a stage to end on SIGTERM, before SIGKILL
@@ -152,13 +154,7 @@ def children() -> list[int]:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as file:
-                if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
-                    found.append(int(entry))
-    return found
+    return [pid for pid, parent in parents().items() if parent == os.getpid()]
 
 
 def is_tracker(pid: int) -> bool:
@@ -178,7 +174,7 @@ def end_all() -> None:
         time.sleep(0.02)
 
 
-def watch(child: subprocess.Popen, log: Log, screen: Screen) -> int:
+def watch(child: subprocess.Popen, log: Log, screen: Screen, peaks: Peaks) -> int:
     """Wait for the stage, showing how far it is, or for a signal, which ends it; returns the exit code."""
     asked = None  # when it was asked to end
     while True:
@@ -187,6 +183,7 @@ def watch(child: subprocess.Popen, log: Log, screen: Screen) -> int:
             break
         except subprocess.TimeoutExpired:
             screen.update(log.newest_progress() if screen.live else "")
+            peaks.look()
         if received and asked is None:
             asked = time.monotonic()
             with contextlib.suppress(ProcessLookupError):
@@ -206,7 +203,9 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--name", default="")
     parser.add_argument("--where", default="")
     parser.add_argument("--log", default="/dev/null", type=Path)
+    parser.add_argument("--times", type=Path)
     parser.add_argument("--journal", type=Path)
+    parser.add_argument("--gpus", default="none", help="whose memory is noted")
     parser.add_argument("--parent", required=True, type=int)
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--quiet", action="store_true")
@@ -223,9 +222,9 @@ def main() -> int:
     if os.getppid() != options.parent:
         return 1
     log, began = Log(options.log, command), time.monotonic()
-    screen = Screen(options.name, options.quiet or options.show)
+    screen, peaks = Screen(options.name, options.quiet or options.show), Peaks(options.gpus)
     try:
-        code = watch(start(command, log, options.show), log, screen)
+        code = watch(start(command, log, options.show), log, screen, peaks)
     except OSError as error:
         log.file.write(f"{error}\n".encode())
         log.file.flush()
@@ -234,12 +233,12 @@ def main() -> int:
         end_all()
     if screen.silent:
         return code
-    seconds = round(time.monotonic() - began)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    lines = [screen.end(clock(seconds) if code == 0 else "stopped" if received else "failed")]
-    if code == 0:
-        record = {"stage": options.name, "seconds": seconds, "ended": now}
-        append(options.log.parent / "times.jsonl", [json.dumps(record)])
+    seconds = time.monotonic() - began
+    lines = [screen.end(clock(round(seconds)) if code == 0 else "stopped" if received else "failed")]
+    if code == 0 and options.times:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = {"stage": options.name, "seconds": round(seconds, 1), "ended": now} | peaks.figures()
+        append(options.times, [json.dumps(record)])
     elif not received:
         lines += failure(options, code, log)
         code = 1
