@@ -88,10 +88,11 @@ def model_logps(model_dir, datasets, journals, tokens, accelerator):
         # Under FSDP 2 accelerate shards a model only with an optimiser; this one keeps no state and never steps.
         model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
         model.eval()
-        loaded = time.monotonic()
+        log.info("loaded in %.2f s", time.monotonic() - began)
         for number, dataset in enumerate(datasets):
             batches = micro_batches(range(len(dataset)), dataset.lengths, tokens)
             left = [batch for batch in batches if not all(finished[number][i] for i in batch)]
+            began = time.monotonic()
             bar = tqdm(
                 total=len(dataset),
                 initial=len(dataset) - sum(map(len, left)),
@@ -106,13 +107,7 @@ def model_logps(model_dir, datasets, journals, tokens, accelerator):
                     )
                 bar.update(len(found))
             bar.close()
-        if accelerator.is_main_process:
-            log.info(
-                "%d pairs in %.1f s, after %.1f s of loading",
-                sum(map(len, finished)) - sum(map(sum, finished)),
-                time.monotonic() - loaded,
-                loaded - began,
-            )
+            log.info("%d pairs in %.2f s", sum(map(len, left)), time.monotonic() - began)
         accelerator.free_memory(model)
     return [
         [json.loads(line)["logps"] for line in journal.lines(dataset.ids)]

@@ -1,10 +1,9 @@
 """What a whole run will take, from one small iteration of it: the arithmetic of trial.py.
 
 A stage takes a start, which does not grow, and work, which does: sampling with the number of responses, judging with
-that of prompts, log-probabilities and training with that of pairs. Their logs and metrics.jsonl say how long they
-worked. What an engine does in a second grows as long as it is not full, and a trial's responses do not fill a GPU's:
-there sampling takes less than this says. Resume points, the report and comal.sh's own seconds between two stages are
-not in it.
+that of judgements, log-probabilities and training with that of pairs. The logs and metrics.jsonl say how long the
+stages worked; what only their first work took, the warm-up of libraries, counts as a part of the start. Resume points,
+the report and comal.sh's own seconds between two stages are not in it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-WORK = re.compile(r"\b\d+ (?:records|pairs) in (\d+\.\d+) s(?:, after (\d+\.\d+) s of loading)?")
+WORK = re.compile(r"\b(\d+) (?:records|pairs) in (\d+\.\d+) s\b")  # of workers/scheduler.py and get_logprobs.py
+LOADING = re.compile(r"\bloaded in (\d+\.\d+) s\b")
 
 
 @dataclass
@@ -41,10 +41,31 @@ class Stage:
         return max(0.0, self.seconds - self.work - self.loading)
 
 
-def stage_of(seconds: float, log: str) -> Stage:
-    """A stage whose log says how long it has worked; where it does not, all of the time counts as its start."""
-    found = WORK.findall(log)
-    return Stage(seconds, sum(float(work) for work, _ in found), sum(float(loading or 0) for _, loading in found))
+def worked(log: str) -> list[tuple[int, float]]:
+    """(records, seconds) of each time that the stage of this log has worked, after its start."""
+    return [(int(count), float(seconds)) for count, seconds in WORK.findall(log)]
+
+
+def each(points: list[tuple[float, float]]) -> float:
+    """Seconds that one more response or judgement takes, from (how many, seconds of work) of the stages of an engine.
+
+    Neither is time proportional to number: the first ones wait for the engine's warm-up, and few of them do not fill
+    it. So this is the slope of the straight line through the points (least squares); not below 0, nor above what the
+    largest stage took for each.
+    """
+    mean_x, mean_y = (sum(column) / len(points) for column in zip(*points))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else float("inf")
+    count, seconds = max(points)
+    return max(0.0, min(slope, seconds / count))
+
+
+def logprobs_stage(seconds: float, log: str) -> Stage:
+    """Log-probabilities: a pair takes what it took in the last of the data sets, as the first one warms up."""
+    parts = worked(log)
+    count, last = parts[-1]
+    work = sum(count for count, _ in parts) * last / count
+    return Stage(seconds, work, sum(map(float, LOADING.findall(log))))
 
 
 def training_stages(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import checks
 from experiment import amount, disk_lines, experiment, kept_checkpoints, resume_size, state, training_files, write
-from forecast import Size, forecast, references, stage_of, training_stages, validations_ratio
+from forecast import Size, Stage, each, forecast, logprobs_stage, references, training_stages, validations_ratio, worked
 from settings import Refused, current, say
 from summary import duration, rows
 
@@ -89,45 +89,75 @@ def pair_tokens(data: list[dict]) -> list[int]:
     return [sum(len(record[name]) for name in names) for record in data]
 
 
+def judgements(rows: list[dict]) -> int:
+    """Ordered pairs of different texts: what a judge is asked."""
+    counts = [len({sample["text"] for sample in row["samples"]}) for row in rows]
+    return sum(count * (count - 1) for count in counts)
+
+
 class Measured:
     """What the stages of the trial have written.
 
     Attributes:
         times: {stage: its record in times.jsonl}
+        worked: {stage: seconds of its work after its start}
         stages: {stage: Stage}
-        metrics: the records of metrics.jsonl
+        updates: the records of metrics.jsonl, and how many validations there were
         train, test: the pairs
         figures: the report's figures of the iteration
-        speeds: {stage: what it does in a second of its work, in words}
     """
 
     def __init__(self, iteration: Path, trial: Size):
-        part = lambda kind: [row for name in ("train", "test") for row in records(iteration / f"{name}.{kind}.jsonl")]
         self.times = {row["stage"]: row for row in records(iteration / "logs/times.jsonl")}
+        logs = {name: (iteration / f"logs/{name}.log").read_text("utf-8", "replace") for name in self.times}
+        self.worked = {name: sum(seconds for _, seconds in worked(log)) for name, log in logs.items()}
         self.train, self.test = (records(iteration / f"data/{name}.jsonl") for name in ("train", "test"))
-        self.metrics = records(iteration / "ckpt/metrics.jsonl")
-        self.updates = [step for step in self.metrics if "loss" in step]
         self.figures = rows().get(int(state("i")), {})
-        self.stages = {
-            name: stage_of(row["seconds"], (iteration / f"logs/{name}.log").read_text("utf-8", "replace"))
-            for name, row in self.times.items()
+        metrics = records(iteration / "ckpt/metrics.jsonl")
+        self.updates = [step for step in metrics if "loss" in step]
+        self.validations = len(metrics) - len(self.updates)
+        self.samples, scores = (
+            [row for part in ("train", "test") for row in records(iteration / f"{part}.{kind}.jsonl")]
+            for kind in ("samples", "scores")
+        )
+        cells = [row for path in (iteration.parent / "matrix/cells").glob("*.jsonl") for row in records(path)]
+        compared = [row for path in (iteration / "eval").glob("vs_*.jsonl") for row in records(path)]
+        answers = int(trial.evaluation)
+        responses = int(current()["NUM_SAMPLES"]) * len(self.samples) + answers * (not state("FROM"))
+        # How much was done by the stages that share an engine.
+        self.sampled = {"sampling": responses, "start_responses": answers, "responses": answers}
+        self.judged = {
+            "scoring": judgements(scores),
+            "evaluation": judgements(compared),
+            "matrix": judgements(cells),
         }
-        lengths = [pair_tokens(data) for data in (self.train, self.test)]
-        batch = int(current()["GLOBAL_BATCH_SIZE"])
-        self.stages |= training_stages(self.times["training"]["seconds"], self.metrics, *lengths, batch)
-        samples, texts = part("samples"), [{sample["text"] for sample in row["samples"]} for row in part("scores")]
-        done = {
-            "sampling": (sum(len(sample["token_ids"]) for row in samples for sample in row["samples"]), "tokens/s"),
-            "scoring": (sum(len(found) * (len(found) - 1) for found in texts), "judgements/s"),
-            "logprobs": (trial.models * sum(map(sum, lengths)), "tokens/s"),
+        self.stages = {name: Stage(row["seconds"]) for name, row in self.times.items()}
+        for done in (self.sampled, self.judged):
+            done = {name: count for name, count in done.items() if name in self.times}
+            one = each([(count, self.worked[name]) for name, count in done.items()])
+            self.stages |= {name: Stage(self.times[name]["seconds"], count * one) for name, count in done.items()}
+        self.stages["logprobs"] = logprobs_stage(self.times["logprobs"]["seconds"], logs["logprobs"])
+        lengths, batch = [pair_tokens(data) for data in (self.train, self.test)], int(current()["GLOBAL_BATCH_SIZE"])
+        self.stages |= training_stages(self.times["training"]["seconds"], metrics, *lengths, batch)
+        self.worked["training"] = sum(self.stages[name].work for name in ("training", "validation"))
+        self.models = trial.models
+
+    def speed(self, name: str) -> str:
+        """What a stage did in a second of its work."""
+        tokens = {
+            "sampling": sum(len(sample["token_ids"]) for row in self.samples for sample in row["samples"]),
+            "logprobs": self.models * sum(pair_tokens(self.train + self.test)),
         }
-        self.speeds = {
-            name: f"{count / self.stages[name].work:,.0f} {unit}"
-            for name, (count, unit) in done.items()
-            if self.stages[name].work
-        }
-        speeds = [step["tokens_per_s"] for step in self.updates[1:] or self.updates]
-        self.speeds["training"] = f"{sum(speeds) / len(speeds):,.0f} tokens/s"
+        if name == "training":
+            speeds = [step["tokens_per_s"] for step in self.updates[1:] or self.updates]
+            return f"{sum(speeds) / len(speeds):,.0f} tokens/s"
+        if not self.worked[name]:
+            return "-"
+        if name in tokens:
+            return f"{tokens[name] / self.worked[name]:,.0f} tokens/s"
+        if name in self.judged:
+            return f"{self.judged[name] / self.worked[name]:,.0f} judgements/s"
+        return f"{self.sampled[name] / self.worked[name]:,.0f} responses/s"
 
     def peak(self, field: str) -> tuple[int, str]:
         """(MiB, the stage that took it); (0, "") where it was not measured."""
@@ -171,9 +201,9 @@ def mib(count: float) -> str:
 def stage_table(found: Measured) -> list[str]:
     cells = [("stage", "seconds", "its start", "GPU memory", "host memory", "speed after the start")]
     for name, row in found.times.items():
-        start = found.stages[name].start + found.stages[name].loading
+        start = max(0.0, row["seconds"] - found.worked[name])
         peaks = mib(row.get("gpu_mib", 0)), mib(row.get("host_mib", 0))
-        cells.append((name, f"{row['seconds']:.1f}", f"{start:.1f}", *peaks, found.speeds.get(name, "-")))
+        cells.append((name, f"{row['seconds']:.1f}", f"{start:.1f}", *peaks, found.speed(name)))
     return table(cells)
 
 
@@ -201,8 +231,7 @@ def whole_run(found: Measured, iteration: Path, trial: Size, whole: Size) -> tup
     """(lines on time, memory and disk of the whole run, bytes on the disk at most)."""
     values, pairs = current(), (len(found.train), len(found.test))
     batch, epochs, every = (int(values[name]) for name in ("GLOBAL_BATCH_SIZE", "NUM_EPOCHS", "EVAL_STEPS"))
-    in_trial = len(found.metrics) - len(found.updates)
-    ratio = validations_ratio(epochs, pairs[0] * whole.train / trial.train, batch, every, in_trial)
+    ratio = validations_ratio(epochs, pairs[0] * whole.train / trial.train, batch, every, found.validations)
     seconds = forecast(found.stages, trial, whole, int(values["NUM_SAMPLES"]), pairs, ratio)
     seconds["together"] = tuple(map(sum, zip(*seconds.values())))
     cells = [("stage", "starts", "work", "together")]

@@ -22,11 +22,13 @@ import checks  # noqa: E402
 from forecast import (  # noqa: E402
     Size,
     Stage,
+    each,
     forecast,
+    logprobs_stage,
     references,
-    stage_of,
     training_stages,
     validations_ratio,
+    worked,
 )
 
 
@@ -43,12 +45,34 @@ def loop(tmp_path):
 # ---------------------------------------------------------------------------------------------- the forecast
 
 
+LOG = """03:00:01 64 records in 12.50 s, after a start of 40.00 s
+03:01:00 exps/x/train.scores.jsonl: 64 records written, 0 skipped
+03:01:09 32 records in 2.50 s, after a start of 9.10 s
+"""
+
+
 def test_a_log_says_how_long_a_stage_has_worked():
-    log = "03:00:01 64 records in 12.5 s, after a start of 40.0 s\n03:01:00 32 records in 2.5 s, after a start of 9 s\n"
-    assert stage_of(80, log) == Stage(80, work=15) and stage_of(80, log).start == 65
-    log = "03:00:01 90 pairs in 3.0 s, after 7.0 s of loading\n03:00:11 90 pairs in 2.0 s, after 5.0 s of loading\n"
-    assert stage_of(20, log) == Stage(20, work=5, loading=12) and stage_of(20, log).start == 3
-    assert stage_of(3, "1024 records, 362 pairs").start == 3  # the stage of pairs: all of it is a start
+    assert worked(LOG) == [(64, 12.5), (32, 2.5)]
+    assert worked("1024 records, 362 pairs") == []
+
+
+def test_one_more_record_takes_what_a_larger_stage_took_longer():
+    assert each([(320, 13.0), (64, 5.0)]) == 8 / 256  # 3 s of warm-up
+    # Means 100 and 3: (-90 x -2 + 100 x 2.5 + -10 x -0.5) / (90^2 + 100^2 + 10^2).
+    assert each([(10, 1.0), (200, 5.5), (90, 2.5)]) == pytest.approx(435 / 18_200)
+    assert each([(320, 4.0), (64, 5.0)]) == 0  # noise
+    assert each([(320, 16.0), (64, 1.0)]) == 0.05  # no more than the largest stage took for each
+    assert each([(128, 4.0), (128, 6.0)]) == 6 / 128 and each([(64, 16.0)]) == 0.25
+
+
+def test_log_probabilities_apart_from_their_start():
+    """Two models; the test file's 20 pairs take 1 s, and so the 100 pairs of a model 5 s."""
+    log = "".join(
+        f"loaded in {load} s\n80 pairs in {first} s\n20 pairs in 1.00 s\n" for load, first in ((7, 9), (5, 4))
+    )
+    log = re.sub(r"in (\d) s", r"in \1.00 s", log)
+    found = logprobs_stage(40, log)
+    assert found == Stage(40, work=10, loading=12) and found.start == 18
 
 
 def test_training_apart_from_its_start():

@@ -113,7 +113,7 @@ class _Scheduler:
         if self.ready_at:
             ready = sum(self.ready_at) / len(self.ready_at)
             log.info(
-                "%d records in %.1f s, after a start of %.1f s",
+                "%d records in %.2f s, after a start of %.2f s",
                 self.done,
                 time.monotonic() - ready,
                 ready - self.began,
