@@ -1,6 +1,7 @@
 # What happens around the stages of comal.sh: before the loop, before and after an iteration, at the end; and `stage`,
 # which runs one, unless its outputs exist. Where there are processes it is here, the rest is Python: settings.py,
-# experiment.py (run.json, forks, checkpoints, disk), stage.py (one running stage), summary.py, prepare.py (--prepare).
+# experiment.py (run.json, forks, checkpoints, disk), stage.py (one running stage), summary.py, prepare.py (--prepare),
+# trial.py (--try).
 
 source launch/nodes.sh
 

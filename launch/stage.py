@@ -203,7 +203,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--name", default="")
     parser.add_argument("--where", default="")
     parser.add_argument("--log", default="/dev/null", type=Path)
-    parser.add_argument("--times", type=Path)
+    parser.add_argument("--times", default="/dev/null", type=Path)
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--gpus", default="none", help="whose memory is noted")
     parser.add_argument("--parent", required=True, type=int)
@@ -235,7 +235,7 @@ def main() -> int:
         return code
     seconds = time.monotonic() - began
     lines = [screen.end(clock(round(seconds)) if code == 0 else "stopped" if received else "failed")]
-    if code == 0 and options.times:
+    if code == 0:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = {"stage": options.name, "seconds": round(seconds, 1), "ended": now} | peaks.figures()
         append(options.times, [json.dumps(record)])

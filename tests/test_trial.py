@@ -333,6 +333,7 @@ def trial(demo_models):
 
 
 def row(output, name):
+    output = output.partition("=== what each stage took")[2]
     return re.search(rf"^    {re.escape(name)} .*$", output, re.MULTILINE)[0]
 
 
