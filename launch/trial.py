@@ -123,7 +123,7 @@ class Measured:
         cells = [row for path in (iteration.parent / "matrix/cells").glob("*.jsonl") for row in records(path)]
         compared = [row for path in (iteration / "eval").glob("vs_*.jsonl") for row in records(path)]
         answers = int(trial.evaluation)
-        responses = int(current()["NUM_SAMPLES"]) * len(self.samples) + answers * (not state("FROM"))
+        responses = int(current()["NUM_SAMPLES"]) * len(self.samples) + answers
         # How much was done by the stages that share an engine.
         self.sampled = {"sampling": responses, "start_responses": answers, "responses": answers}
         self.judged = {
