@@ -3,6 +3,7 @@
 #
 #   bash comal.sh                            run: with a GPU the Qwen2-1.5B recipe, without one the small demo
 #   bash comal.sh METHOD=inpo-small SEED=1  with other settings; they can also be in the environment
+#   bash comal.sh --try                      one iteration on 64 prompts, in minutes: what it finds, and what a run takes
 #   bash comal.sh --plan                     print the commands that would run, and what they will cost
 #   bash comal.sh --prepare                  fetch and check all that the run needs; after it no network is needed
 #   bash comal.sh --help                     explain every setting, also the rarer ones of launch/settings.sh

@@ -22,6 +22,7 @@ configuration, above all the same precision.
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -103,10 +104,13 @@ def model_logps(model_dir, datasets, journals, tokens, sharding, accelerator):
     ]
     (finished,) = broadcast_object_list([finished])
     if not all(map(all, finished)):
+        began = time.monotonic()
         model, tokens = prepare(load_model(model_dir), datasets, tokens, sharding, accelerator)
+        log.info("loaded in %.2f s", time.monotonic() - began)
         for number, dataset in enumerate(datasets):
             batches = micro_batches(range(len(dataset)), dataset.lengths, tokens, accelerator.num_processes)
             left = [batch for batch in batches if not all(finished[number][i] for i in batch)]
+            began = time.monotonic()
             bar = tqdm(
                 total=len(dataset),
                 initial=len(dataset) - sum(map(len, left)),
@@ -121,6 +125,7 @@ def model_logps(model_dir, datasets, journals, tokens, sharding, accelerator):
                     )
                 bar.update(len(found))
             bar.close()
+            log.info("%d pairs in %.2f s", sum(map(len, left)), time.monotonic() - began)
         accelerator.free_memory(model)
     return [
         [json.loads(line)["logps"] for line in journal.lines(dataset.ids)]

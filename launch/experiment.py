@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from settings import FREE, RENAMED_VALUES, ROOT, SERVER, Refused, current, defaults, say, settings
@@ -60,13 +61,18 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def training_files() -> list[str]:
+    """The train prompts: one file an iteration of a round."""
+    values = current()
+    splits = [""] if state("ONE_ITERATION") == "true" else [f"_{i}" for i in range(int(values["SPLITS"]))]
+    return [f"{values['PROMPTS_DIR']}/train{split}.jsonl" for split in splits]
+
+
 def input_files() -> list[str]:
     """The files that an experiment's results depend on."""
     values = current()
-    folder = values["PROMPTS_DIR"]
-    splits = [""] if state("ONE_ITERATION") == "true" else [f"_{i}" for i in range(int(values["SPLITS"]))]
-    training = [f"{folder}/train{split}.jsonl" for split in splits]
-    return [f"{folder}/test.jsonl", values["EVAL_PROMPTS"], *values["TEMPLATE"].split(","), *training]
+    others = [f"{values['PROMPTS_DIR']}/test.jsonl", values["EVAL_PROMPTS"], *values["TEMPLATE"].split(",")]
+    return others + training_files()
 
 
 def check_files() -> None:
@@ -260,7 +266,7 @@ def check_disk() -> None:
         )
 
 
-def stage_seconds(iteration: Path) -> int | None:
+def stage_seconds(iteration: Path) -> float | None:
     """Seconds that an iteration's stages took, or None."""
     try:
         lines = (iteration / "logs/times.jsonl").read_text(encoding="utf-8").splitlines()
@@ -269,7 +275,7 @@ def stage_seconds(iteration: Path) -> int | None:
         return None
 
 
-def measured_seconds(folder: Path) -> list[int]:
+def measured_seconds(folder: Path) -> list[float]:
     """Those of the complete iterations of an experiment."""
     found = (stage_seconds(path.parent) for path in folder.glob("iter*/next.json"))
     return [seconds for seconds in found if seconds is not None]
@@ -291,29 +297,43 @@ def amount(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / MIB:,.1f} MiB"
 
 
-def cost() -> None:
-    iterations, first, splits = (int(state(name)) for name in ("ITERATIONS", "first", "SPLITS"))
-    left = [j for j in range(first, iterations) if not (experiment() / f"iter{j}/next.json").exists()]
-    size, keep = checkpoint_size(), state("KEEP_CKPTS")
+def kept_checkpoints(left: Collection[int]) -> int:
+    """How many checkpoints are there at most of the iterations that are left, one that is being replaced included."""
+    keep, splits = state("KEEP_CKPTS"), int(state("SPLITS"))
     rounds = sum((j + 1) % splits == 0 for j in left)
-    kept = {"all": len(left), "rounds": rounds, "last": 1}[keep] + (keep != "all")  # and one that is being replaced
-    print(f"\n# What it will cost: iterations that are left, {len(left)}")
+    return {"all": len(left), "rounds": rounds, "last": 1}[keep] + (keep != "all")
+
+
+def disk_lines(left: Collection[int], size: int, records: str) -> list[str]:
+    """The disk that the iterations which are left take, with checkpoints of this size."""
     if size:
-        print(f"# disk: checkpoints {kept} x {amount(size)} = {amount(kept * size)} (KEEP_CKPTS={keep})")
-        print(f"#       while training {amount(size + resume_size(size))} more (resume points and the best weights)")
+        kept, keep = kept_checkpoints(left), state("KEEP_CKPTS")
+        lines = [f"disk: checkpoints {kept} x {amount(size)} = {amount(kept * size)} (KEEP_CKPTS={keep})"]
+        more = amount(size + resume_size(size))
+        lines.append(f"      while training {more} more (resume points and the best weights)")
     else:
-        print(f"# disk: checkpoints: not known before {state('MODEL')} is here; a weight takes 4 bytes")
-    records = record_bytes()
-    print("#       records:", f"at most {amount(len(left) * records)}" if records else "not known without the prompts")
+        lines = [f"disk: checkpoints: not known before {state('MODEL')} is here; a weight takes 4 bytes"]
+    lines.append(f"      records: {records}")
     if experiment().exists():
-        print(f"#       free: {amount(shutil.disk_usage(experiment()).free)}")
+        lines.append(f"      free: {amount(shutil.disk_usage(experiment()).free)}")
+    return lines
+
+
+def cost() -> None:
+    numbers = range(int(state("first")), int(state("ITERATIONS")))
+    left = [j for j in numbers if not (experiment() / f"iter{j}/next.json").exists()]
+    print(f"\n# What it will cost: iterations that are left, {len(left)}")
+    records = record_bytes()
+    amount_left = f"at most {amount(len(left) * records)}" if records else "not known without the prompts"
+    for line in disk_lines(left, checkpoint_size(), amount_left):
+        print(f"# {line}")
     seconds = measured_seconds(experiment())
     if seconds:
         each = sum(seconds) / len(seconds)
         total = f"{len(left)} x {each / 60:,.1f} min = {len(left) * each / 3600:,.1f} h"
         print(f"# time: {total}, by the {len(seconds)} iterations that were measured")
     else:
-        print(f"# time: not known before an iteration of {experiment()} was measured")
+        print(f"# time: not known before an iteration of {experiment()} was measured (bash comal.sh --try)")
 
 
 COMMANDS = {"check": check_run, "files": check_files, "fork": fork, "note": note, "prune": prune, "disk": check_disk}

@@ -1,6 +1,7 @@
 # What happens around the stages of comal.sh: before the loop, before and after an iteration, at the end; and `stage`,
 # which runs one, unless its outputs exist. Where there are processes it is here, the rest is Python: settings.py,
-# experiment.py (run.json, forks, checkpoints, disk), stage.py (one running stage), summary.py, prepare.py (--prepare).
+# experiment.py (run.json, forks, checkpoints, disk), stage.py (one running stage), summary.py, prepare.py (--prepare),
+# trial.py (--try).
 
 source launch/nodes.sh
 source launch/plan.sh
@@ -56,10 +57,11 @@ stage() {
   if [[ -z $ran ]]; then say "=== $heading"; fi
   if [[ -z $ran && $i != none && $NODE_RANK -eq 0 ]]; then helper experiment disk || exit 1; fi
   ran=yes
-  local log=$iter/logs/$name.log
-  ((NODE_RANK == 0)) || log=$iter/logs/$name.node$NODE_RANK.log
-  local code=0
-  watched --name "$name" --where "$heading" --log "$log" --journal "$journal" -- "$@" || code=$?
+  local node=
+  ((NODE_RANK == 0)) || node=.node$NODE_RANK
+  local log=$iter/logs/$name$node.log code=0
+  watched --name "$name" --where "$heading" --log "$log" --times "$iter/logs/times$node.jsonl" --gpus "$GPUS" \
+    --journal "$journal" -- "$@" || code=$?
   ((code != 1)) || exit 1  # stage.py has said why
   ((code == 0)) ||
     die "$heading, stage $name: what runs it was ended with exit code $code; the same command goes on here"
@@ -104,11 +106,12 @@ begin() {
   local resolved
   resolved=$(helper settings resolve "${given[@]}") || exit 1
   eval "$resolved"  # assignments, quoted by Python's shlex
-  exp=exps/$NAME
+  exp=exps/$NAME${trial:+-try} whole=$ITERATIONS
   if [[ -n $FROM ]]; then
     resolved=$(helper experiment fork) || exit 1
     eval "$resolved"
   fi
+  [[ -z $trial ]] || ITERATIONS=$((first + 1))
   describe
   if [[ -n $plan ]]; then PYTHON=${PYTHON:-.venv/bin/python}; else source launch/setup.sh || exit 1; fi
   find_machines
@@ -120,8 +123,14 @@ begin() {
     "$PYTHON" -m launch.engine_args --policy "$ENGINE_ARGS" --judge "$JUDGE_ENGINE_ARGS" || exit 1
   if [[ -n $only_prepare ]]; then prepare_offline; exit; fi
   if ((NODE_RANK == 0)); then lock_experiment; fi
+  if [[ -n $trial ]]; then begin_trial; fi
   helper experiment check || exit 1
   if ((NODES > 1 && NODE_RANK == 0)); then be_node_0; fi
+}
+
+begin_trial() {  # --try: the first prompts of each file; an earlier trial is replaced
+  if ((NODE_RANK == 0)); then helper trial begin || exit 1; fi
+  PROMPTS_DIR=$exp/prompts EVAL_PROMPTS=$exp/prompts/evaluation.jsonl
 }
 
 describe() {
@@ -138,6 +147,7 @@ describe() {
   [[ $ETA != - ]] || target="beta $BETA"
   say "comal.sh: $METHOD_TITLE, $ITERATIONS iteration$plural into $exp; $target, $moves"
   say "comal.sh: settings other than the recipe's: $changed"
+  [[ -z $trial ]] || say "comal.sh: a trial: one iteration on the first prompts of each file, to see what the run will be"
 }
 
 prepare() {  # the demo's models and prompts, or the project's own prompt files; those of other paths are the user's
@@ -224,11 +234,11 @@ end_iteration() {
   if (((i + 1) % SPLITS == 0)); then ln -sfn "iter$i/ckpt" "$exp/round$(((i + 1) / SPLITS))"; fi
   [[ -e $iter/next.json ]] || helper experiment note
   # While the weights are there: the iteration's rows of the demo's table.
-  if [[ $RECIPE == demo && -n $ran ]] && { [[ $KEEP_CKPTS != all ]] || (((i + 1) % EVAL_EVERY == 0)); }; then
+  if [[ $RECIPE == demo && -n $ran && -z $trial ]] && { [[ $KEEP_CKPTS != all ]] || (((i + 1) % EVAL_EVERY == 0)); }; then
     demo_table >/dev/null
   fi
   [[ $KEEP_CKPTS == all ]] || helper experiment prune
-  if [[ -n $ran ]]; then
+  if [[ -n $ran && -z $trial ]]; then
     report
     say "$(helper summary iteration)"
   fi
@@ -249,12 +259,25 @@ finish() {
     return
   fi
   rm -f "$exp"/iter*/eval/*.partial
+  if [[ -n $trial ]]; then
+    finish_trial
+    return
+  fi
   if [[ $RECIPE == demo ]]; then demo_table; fi
   if [[ -n $ran ]]; then report; fi
   if [[ -n $ran && $RECIPE == full ]]; then say "$(helper summary evaluation)"; fi
   echo
   say "done after $(helper summary duration "$SECONDS"): $ITERATIONS iterations in $exp; the last policy is \
 $policy/model"
+}
+
+finish_trial() {
+  local text
+  report
+  text=$(helper trial report) || exit 1
+  rm -rf "$iter"/ckpt/{model,last}  # gigabytes; the figures stay
+  say "$text"
+  say "done after $(helper summary duration "$SECONDS"); the trial's files are in $exp"
 }
 
 demo_table() {

@@ -96,14 +96,15 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
         if name in RENAMED:
             raise Refused(f"{name} {RENAMED[name]}")
         if not equals or name not in known:
-            near = difflib.get_close_matches(name.upper().lstrip("-"), [*known, "PLAN", "PREPARE", "HELP"], 1, 0.6)
+            names = [*known, "TRY", "PLAN", "PREPARE", "HELP"]
+            near = difflib.get_close_matches(name.upper().lstrip("-"), names, 1, 0.6)
             near = [f"--{near[0].lower()}" if near[0] not in known else near[0]] if near else near
             if name in ("PYTHON", "PYTHON_BASE", "SETUP_FOR"):
                 raise Refused(f"{name} is for set-up, and comes before the command: {argument} bash comal.sh")
             what = f" Did you mean {near[0]}{'' if near[0].startswith('--') else '=...'}?" if near else ""
             raise Refused(
-                f"unknown argument {argument}.{what} Arguments are --plan, --prepare, --help, and settings as "
-                "NAME=value; --help explains them"
+                f"unknown argument {argument}.{what} Arguments are --try, --plan, --prepare, --help, and settings "
+                "as NAME=value; --help explains them"
             )
     for name in sorted(environment.keys() - known.keys()):
         if name in RENAMED:

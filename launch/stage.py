@@ -1,12 +1,12 @@
 """Run one stage for comal.sh: its output goes to a log, one live line to the terminal, and no process outlives it.
 
     python3 launch/stage.py --name sampling --where "iteration 0 of 12" --log exps/x/iter0/logs/sampling.log \\
-        --journal exps/x/logs/comal.log --parent $$ -- COMMAND...
+        --times exps/x/iter0/logs/times.jsonl --journal exps/x/logs/comal.log --gpus auto --parent $$ -- COMMAND...
 
-The log is appended to: each run begins with a line that has the time and the command. After a success the seconds go to
-times.jsonl beside the log. At a failure the end of the log is shown, and the exit code is 1. --show leaves what the
-command prints to the caller and --quiet shows nothing; then the exit code is the command's, or 128 + N where signal N
-ended it. 128 + N is also the exit code where signal N ended this process.
+The log is appended to: each run begins with a line that has the time and the command. After a success the seconds and
+the most memory that it took (memory.py) go to the file --times. At a failure the end of the log is shown, and the exit
+code is 1. --show leaves what the command prints to the caller and --quiet shows nothing; then the exit code is the
+command's, or 128 + N where signal N ended it. 128 + N is also the exit code where signal N ended this process.
 
 No process of a stage outlives it, in whatever way it ends:
 - The stage ends, by itself or killed, and leaves processes in whatever group or session: they become children of this
@@ -36,6 +36,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from memory import Peaks, parents
 
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 STOPPING_SECONDS = 10  # for a stage to end on SIGTERM, before SIGKILL
@@ -152,16 +154,6 @@ def start(command: list[str], log: Log, show: bool) -> subprocess.Popen:
     )
 
 
-def parents() -> dict[int, int]:
-    """{process: its parent} of this machine."""
-    found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as file:
-                found[int(entry)] = int(file.read().rpartition(b")")[2].split()[1])
-    return found
-
-
 def children() -> list[int]:
     """The living children of this process, those that it inherited included; dead ones are reaped."""
     with contextlib.suppress(ChildProcessError):
@@ -201,7 +193,7 @@ def end_all() -> None:
         time.sleep(0.02)
 
 
-def watch(child: subprocess.Popen, log: Log, screen: Screen) -> int:
+def watch(child: subprocess.Popen, log: Log, screen: Screen, peaks: Peaks) -> int:
     """Wait for the stage, showing how far it is, or for a signal, which ends it; returns the exit code."""
     asked = None  # when it was asked to end
     while True:
@@ -210,6 +202,7 @@ def watch(child: subprocess.Popen, log: Log, screen: Screen) -> int:
             break
         except subprocess.TimeoutExpired:
             screen.update(log.newest_progress() if screen.live else "")
+            peaks.look()
         if received and asked is None and not (received[-1] == signal.SIGUSR1 and ask_to_finish()):
             asked = time.monotonic()
             with contextlib.suppress(ProcessLookupError):
@@ -229,7 +222,9 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--name", default="")
     parser.add_argument("--where", default="")
     parser.add_argument("--log", default="/dev/null", type=Path)
+    parser.add_argument("--times", default="/dev/null", type=Path)
     parser.add_argument("--journal", type=Path)
+    parser.add_argument("--gpus", default="none", help="whose memory is noted")
     parser.add_argument("--parent", required=True, type=int)
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--quiet", action="store_true")
@@ -246,9 +241,9 @@ def main() -> int:
     if os.getppid() != options.parent:
         return 1
     log, began = Log(options.log, command), time.monotonic()
-    screen = Screen(options.name, options.quiet or options.show)
+    screen, peaks = Screen(options.name, options.quiet or options.show), Peaks(options.gpus)
     try:
-        code = watch(start(command, log, options.show), log, screen)
+        code = watch(start(command, log, options.show), log, screen, peaks)
     except OSError as error:
         log.file.write(f"{error}\n".encode())
         log.file.flush()
@@ -257,12 +252,12 @@ def main() -> int:
         end_all()
     if screen.silent:
         return code
-    seconds = round(time.monotonic() - began)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    lines = [screen.end(clock(seconds) if code == 0 else "stopped" if received else "failed")]
+    seconds = time.monotonic() - began
+    lines = [screen.end(clock(round(seconds)) if code == 0 else "stopped" if received else "failed")]
     if code == 0:
-        record = {"stage": options.name, "seconds": seconds, "ended": now}
-        append(options.log.parent / "times.jsonl", [json.dumps(record)])
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = {"stage": options.name, "seconds": round(seconds, 1), "ended": now} | peaks.figures()
+        append(options.times, [json.dumps(record)])
     elif not received:
         lines += failure(options, code, log)
         code = 1

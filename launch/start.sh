@@ -16,17 +16,19 @@ done
 helper() { (export "${SETTINGS[@]}" "${STATE[@]}"; exec "$python" -S "launch/$1.py" "${@:2}"); }
 files=(comal.sh launch/settings.sh data/demo/settings.sh)
 mapfile -t SETTINGS < <(sed -nE 's/^([A-Z][A-Z0-9_]*)=\$\{\1.*/\1/p' "${files[@]}" | sort -u)
-STATE=(METHODS METHOD_TITLE TRAINER ITERATIONS ONE_ITERATION PYTHON plan exp i iter first policy reference)
+STATE=(METHODS METHOD_TITLE TRAINER ITERATIONS ONE_ITERATION PYTHON plan exp i iter first whole policy reference)
 
-plan= only_prepare= arguments=()
+plan= only_prepare= trial= arguments=()
 for argument in "$@"; do
   case $argument in
     --help | -h) "$python" -S launch/settings.py help; exit 0 ;;
     --plan) plan=yes ;;
     --prepare) only_prepare=yes ;;
+    --try) trial=yes ;;
     *) arguments+=("$argument") ;;
   esac
 done
+[[ -z $trial || -z $plan$only_prepare ]] || die "--try runs a trial, --plan and --prepare do not: give one of them"
 "$python" -S launch/settings.py arguments "${arguments[@]}" || exit 1
 for argument in "${arguments[@]}"; do printf -v "${argument%%=*}" %s "${argument#*=}"; done
 given=()  # names of the settings that the user has given

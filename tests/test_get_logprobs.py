@@ -3,6 +3,8 @@
 python -m pytest tests/test_get_logprobs.py
 """
 
+import re
+
 import pytest
 from helpers.training import (
     LOGP_FIELDS,
@@ -45,8 +47,9 @@ def test_get_logprobs_equals_the_plain_computation_in_order(setting, tmp_path, m
         assert record == {name: value for name, value in pair.items() if name not in LOGP_FIELDS} | lengths
 
 
-def test_get_logprobs_loads_one_model_where_both_are_the_same(setting, tmp_path, monkeypatch):
+def test_get_logprobs_loads_one_model_where_both_are_the_same(setting, tmp_path, monkeypatch, caplog):
     loaded = []
+    caplog.set_level("INFO")
     load_model = get_logprobs.load_model
     monkeypatch.setattr(get_logprobs, "load_model", lambda name: loaded.append(name) or load_model(name))
     (tmp_path / "ckpt").mkdir()
@@ -58,6 +61,8 @@ def test_get_logprobs_loads_one_model_where_both_are_the_same(setting, tmp_path,
         reference=str(tmp_path / "ckpt/model"),
     )
     assert len(loaded) == 1
+    said = [re.sub(r"\d+\.\d\d s$", "T s", message) for message in caplog.messages]
+    assert "loaded in T s" in said and said.count("11 pairs in T s") == 1
     for record, pair in zip(read(tmp_path / "out.jsonl"), setting.records, strict=True):
         for side in ("chosen", "rejected"):
             assert record[f"last_{side}_logp"] == record[f"ref_{side}_logp"]

@@ -6,6 +6,7 @@ python -m pytest tests/test_scheduler.py
 import logging
 import os
 import pickle
+import re
 import signal
 import subprocess
 import time
@@ -58,6 +59,11 @@ def starts(folder):
 
 
 def doubled(folder, task):
+    return 2 * task
+
+
+def slowly(folder, task):
+    time.sleep(0.1)
     return 2 * task
 
 
@@ -156,6 +162,16 @@ def test_map_chunks_sets_each_workers_environment(tmp_path, monkeypatch):
     assert run_chunks(tmp_path, environment, [[0]]) == [{0: ["", "PASSIVE", "0"]}]
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # the user's own
     assert run_chunks(tmp_path, environment, [[0]]) == [{0: ["", "ACTIVE", "0"]}]
+
+
+def test_map_chunks_says_how_long_the_work_took_without_the_start(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    began = time.monotonic()
+    assert merged(run_chunks(tmp_path, slowly, EIGHT)) == DOUBLES
+    taken = time.monotonic() - began
+    found = re.search(r"^\S.*\b8 records in (\d+\.\d\d) s, after a start of (\d+\.\d\d) s$", caplog.text, re.MULTILINE)
+    work, started = map(float, found.groups())
+    assert work >= 0.8 and started > 0 and work + started <= taken + 0.1  # each is rounded
 
 
 def test_map_chunks_takes_chunks_as_they_are_needed(tmp_path):

@@ -94,7 +94,8 @@ class _Scheduler:
         self.chunks = (Chunk(dict(enumerate(tasks))) for tasks in chunks)
         self.fresh = next(self.chunks, None)  # the next one that was not tried yet
         self.lost = []  # to be tried again, first come first
-        self.handed = self.restarts = 0
+        self.handed = self.restarts = self.done = 0
+        self.began, self.ready_at = time.monotonic(), []  # when each worker was ready for the first time
         self.slots = [_Slot(number) for number in range(len(executor))] if self.fresh else []
 
     def run(self):
@@ -105,6 +106,18 @@ class _Scheduler:
             for number, *event in self.executor.events():
                 yield from self.handle(self.slots[number], *event)
             yield from self.replace_late()
+        self.report()
+
+    def report(self):
+        """Print how long the work took, apart from the workers' start, which does not grow with the work."""
+        if self.ready_at:
+            ready = sum(self.ready_at) / len(self.ready_at)
+            log.info(
+                "%d records in %.2f s, after a start of %.2f s",
+                self.done,
+                time.monotonic() - ready,
+                ready - self.began,
+            )
 
     def start(self, slot):
         slot.starts += 1
@@ -140,6 +153,8 @@ class _Scheduler:
         slot.since = time.monotonic()
         if kind == "ready":
             slot.ready, slot.starts = True, 0
+            if len(self.ready_at) < len(self.slots):
+                self.ready_at.append(slot.since)
         elif kind == "failed":
             position, reason, details = value
             task = slot.chunks[number].tasks.pop(position)
@@ -147,6 +162,7 @@ class _Scheduler:
             yield [(task, self.give_up(task, reason))]
         elif kind == "done":
             tasks = slot.chunks.pop(number).tasks
+            self.done += len(tasks)
             yield [(task, pickle.loads(value[position])) for position, task in tasks.items()]
 
     def replace_late(self):
