@@ -32,7 +32,7 @@ from analysis.matrix import (
     win_probs_by_prompt,
 )
 from data_utils import has_tokenizer
-from engine_settings import EngineConfig
+from workers.engine_settings import EngineConfig
 from judges.base import JudgeConfig
 from judges.panel import judge_files
 from records import Prompt, Responses, read, writer

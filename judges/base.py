@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_utils import model_fingerprint, resolve_tokenizer
-from engine_settings import EngineConfig
+from workers.engine_settings import EngineConfig
 from utils import StageError, check_at_least, fingerprint, split_list
 from vllm_model import Engine, EngineWork, usable_model
 from workers.worker import Work

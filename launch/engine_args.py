@@ -5,7 +5,7 @@
 The stages check their own; those of the judge come after hours of sampling.
 """
 
-from engine_settings import read_engine_args
+from workers.engine_settings import read_engine_args
 from utils import run
 
 

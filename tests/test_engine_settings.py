@@ -1,4 +1,4 @@
-"""engine_settings.py: what vLLM's engine is started with, on a CPU and, as far as that can be built here, on a GPU.
+"""workers/engine_settings.py: what vLLM's engine is started with, on a CPU and, as far as that can be built here, on a GPU.
 
 python -m pytest tests/test_engine_settings.py
 """
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine_settings import (
+from workers.engine_settings import (
     FLAGS,
     EngineConfig,
     cache_folder,
@@ -165,7 +165,7 @@ BUILD = """
 import json, sys
 sys.path[:0] = [{root!r}]
 from types import SimpleNamespace
-from engine_settings import EngineConfig, constant_path, engine_settings
+from workers.engine_settings import EngineConfig, constant_path, engine_settings
 from transformers import AutoConfig
 from vllm.config import CompilationConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs

@@ -13,7 +13,8 @@ import torch
 from helpers.training import load, run_here
 
 from data_utils import model_fingerprint
-from training.models import count_parameters, local_batches, micro_batches, shard_within_nodes, start_accelerator
+from training.memory import count_parameters, shard_within_nodes
+from training.models import local_batches, micro_batches, start_accelerator
 
 
 def test_micro_batches_hold_what_fits_longest_first():

@@ -20,16 +20,19 @@ process, in bfloat16 with weights in float32:
 the allocator leaves unused take the share of the card that is not USED.
 """
 
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ParallelismConfig
 from torch import nn
 
 from training.logps import ResponseHead
 from utils import StageError, log
 
+TRAINING_BYTES = 16  # a parameter: weight, gradient and Adam's two moments in float32
 USED = 0.85  # share of a card's memory that the formulas may fill
 ENOUGH, MOST = 4096, 16_384  # positions of a forward pass: they keep a GPU busy; more of them gain nothing
 SHARDINGS = "optimizer", "full"  # the faster one first
@@ -148,3 +151,45 @@ def card_bytes(accelerator: Accelerator) -> int | None:
         return None
     memory = torch.cuda.get_device_properties(accelerator.device).total_memory
     return int(accelerator.gather(torch.tensor([memory], device=accelerator.device)).min())
+
+
+# ---------------------------------------------------------------------------------------------- several nodes
+
+
+def gpu_memory() -> int:
+    """Bytes of this process's GPU, or 0 where there is none: accelerate then uses no FSDP."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.cuda.get_device_properties(local).total_memory if torch.cuda.is_available() else 0
+
+
+def shard_within_nodes(model_dir: str, memory: int) -> ParallelismConfig | None:
+    """How FSDP divides a model between the processes of several nodes: each node holds all of it, sharded between its
+    GPUs, which gather parameters from each other alone; between the nodes only gradients are reduced.
+
+    None, so sharding between all of them, on one node, with one GPU a node, and where the node's share of weights,
+    gradients and optimiser would take more than half of a GPU's `memory` in bytes.
+    """
+    processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = processes // here
+    if nodes == 1 or here == 1:
+        return None
+    share = TRAINING_BYTES * count_parameters(model_dir) / here
+    fits = share <= memory / 2
+    if os.environ.get("RANK") == "0":
+        log.info(
+            "%s: weights, gradients and optimiser take %.1f GiB a GPU when each node has all of them, which is %s than "
+            "half of its memory",
+            f"sharded within each of {nodes} nodes, replicated between them" if fits else f"sharded over {nodes} nodes",
+            share / 2**30,
+            "less" if fits else "more",
+        )
+    return ParallelismConfig(dp_replicate_size=nodes, dp_shard_size=here) if fits else None
+
+
+def count_parameters(directory: str) -> int:
+    """Number of parameters of a model, from its configuration alone; tied ones count once."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    return sum(parameter.numel() for parameter in model.parameters())

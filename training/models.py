@@ -15,18 +15,18 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ParallelismConfig, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from data_utils import check_weights
 from training.logps import install_head
+from training.memory import gpu_memory, shard_within_nodes
 from utils import StageError, first_line, log
 from workers.local import die_with_parent
 
 # For which processes wait for each other. NCCL's own ten minutes end a run in which the first process alone loads or
 # writes a large model. A process that dies is noticed by the launcher, and does not need them.
 PATIENCE = timedelta(hours=2)
-TRAINING_BYTES = 16  # a parameter: weight, gradient and Adam's two averages in float32
 
 
 def start_accelerator(seed: int, model_dir: str = "", **settings) -> Accelerator:
@@ -62,45 +62,6 @@ def sharded_precision():
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
-def gpu_memory() -> int:
-    """Bytes of this process's GPU, or 0 where there is none: accelerate then uses no FSDP."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.cuda.get_device_properties(local).total_memory if torch.cuda.is_available() else 0
-
-
-def shard_within_nodes(model_dir: str, memory: int) -> ParallelismConfig | None:
-    """How FSDP divides a model between the processes of several nodes: each node holds all of it, sharded between its
-    GPUs, which gather parameters from each other alone; between the nodes only gradients are reduced.
-
-    None, so sharding between all of them, on one node, with one GPU a node, and where the node's share of weights,
-    gradients and optimiser would take more than half of a GPU's `memory` in bytes.
-    """
-    processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    nodes = processes // here
-    if nodes == 1 or here == 1:
-        return None
-    share = TRAINING_BYTES * count_parameters(model_dir) / here
-    fits = share <= memory / 2
-    if os.environ.get("RANK") == "0":
-        log.info(
-            "%s: weights, gradients and optimiser take %.1f GiB a GPU when each node has all of them, which is %s than "
-            "half of its memory",
-            f"sharded within each of {nodes} nodes, replicated between them" if fits else f"sharded over {nodes} nodes",
-            share / 2**30,
-            "less" if fits else "more",
-        )
-    return ParallelismConfig(dp_replicate_size=nodes, dp_shard_size=here) if fits else None
-
-
-def count_parameters(directory: str) -> int:
-    """Number of parameters of a model, from its configuration alone; tied ones count once."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_model(directory: str, from_config: bool = False, gradient_checkpointing: bool = False) -> nn.Module:
