@@ -32,7 +32,6 @@ from analysis.matrix import (
     win_probs_by_prompt,
 )
 from data_utils import has_tokenizer
-from workers.engine_settings import EngineConfig
 from judges.base import JudgeConfig
 from judges.panel import judge_files
 from records import Prompt, Responses, read, writer
@@ -50,6 +49,7 @@ from utils import (
     write_text,
 )
 from vllm_model import Sampler, SamplerConfig, check_top_p
+from workers.engine_settings import EngineConfig
 from workers.pool import map_files
 
 # Baselines that are fetched by name: files of the Hub's data set tatsu-lab/alpaca_eval.

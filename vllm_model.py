@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from data_utils import check_architecture, check_weights, model_fingerprint, resolve_model, resolve_tokenizer
-from workers.engine_settings import EngineConfig, constant_path, engine_settings, prepare_process
 from utils import StageError, check_at_least, derive_seed, first_line
+from workers.engine_settings import EngineConfig, constant_path, engine_settings, prepare_process
 from workers.journal import Skipped
 from workers.pool import no_cpu_engine
 

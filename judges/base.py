@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from data_utils import model_fingerprint, resolve_tokenizer
-from workers.engine_settings import EngineConfig
 from utils import StageError, check_at_least, fingerprint, split_list
 from vllm_model import Engine, EngineWork, usable_model
+from workers.engine_settings import EngineConfig
 from workers.worker import Work
 
 # Imported only when they are asked for.

@@ -5,8 +5,8 @@
 The stages check their own; those of the judge come after hours of sampling.
 """
 
-from workers.engine_settings import read_engine_args
 from utils import run
+from workers.engine_settings import read_engine_args
 
 
 def main(policy: str = "", judge: str = ""):

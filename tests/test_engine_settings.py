@@ -1,4 +1,4 @@
-"""workers/engine_settings.py: what vLLM's engine is started with, on a CPU and, as far as that can be built here, on a GPU.
+"""workers/engine_settings.py: what engines are started with, on a CPU and, as far as it can be built here, on a GPU.
 
 python -m pytest tests/test_engine_settings.py
 """
@@ -13,6 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from judges.base import JudgeConfig
+from utils import StageError
+from vllm_model import SamplerConfig
 from workers.engine_settings import (
     FLAGS,
     EngineConfig,
@@ -23,9 +26,6 @@ from workers.engine_settings import (
     read_engine_args,
     sequences_at_once,
 )
-from judges.base import JudgeConfig
-from utils import StageError
-from vllm_model import SamplerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=2, num_attention_heads=12, hidden_size=1536)
