@@ -494,10 +494,6 @@ def test_a_wrong_setting_is_refused_at_once(loop):
         ("REFERENCE=no/such/model", "no/such/model (REFERENCE): no such directory"),
         ("EVAL_PROMPTS=none.jsonl", "none.jsonl does not exist"),
         ("SPLITS=9", "train_2.jsonl does not exist"),
-        (
-            'JUDGE_ENGINE_ARGS={"quantisation": "fp8"}',
-            "JUDGE_ENGINE_ARGS: vLLM's engine has no argument quantisation; ",
-        ),
         ("GPUS=97", "GPUS=97 names GPU 97, but nvidia-smi lists: "),
     ],
 )

@@ -127,6 +127,8 @@ def test_what_the_hub_has_is_found_in_its_cache(comal, cache):
         ({"JUDGE": "our/judge,our/none"}, "model our/none: no such directory, and the Hub did not provide it"),
         ({"JUDGE_FLAGS": "--judge_tokenizer our/none"}, "model our/none: no such directory"),
         ({"JUDGE_FLAGS": "--labls x"}, "did you mean --labels?"),
+        ({"ENGINE_ARGS": '{"max_seqs": 8}'}, "ENGINE_ARGS: vLLM's engine has no argument max_seqs; did you mean "),
+        ({"JUDGE_ENGINE_ARGS": '{"quantisation": "fp8"}'}, "did you mean quantization?"),
     ],
 )
 def test_what_is_not_there_is_named(comal, cache, setting, message):
