@@ -56,8 +56,9 @@ def first_loss(loss: float, trainer: str, eta: float, soft: bool, same: bool) ->
 
 
 def tolerance(trainer: str, eta: float) -> float:
-    """By how much a first loss may differ from its target's, relatively. In bfloat16 a pair's margin is off by up to
-    half a nat or so, so the mean loss of a batch by about as much of the target 1/(2 eta): eta; and 5 % at least."""
+    """By how much a first loss may differ from what it should be, relatively. In bfloat16 the mean margin of a batch is
+    off by a quarter of a nat or less, which changes (h - target)^2 by twice that over the target 1/(2 eta): by eta; and
+    5 % at least."""
     return 0.05 if trainer == "dpo" else max(0.05, eta)
 
 
@@ -77,7 +78,7 @@ def normalised_loss(value: float, trainer: str, eta: float) -> Check:
 
 def margin(value: float | None) -> Check:
     """How far the pairs have moved apart since the last policy, 0 before the first update by construction. Half a nat
-    is what bfloat16 may leave in a batch's mean."""
+    is more than bfloat16 leaves in a batch's mean."""
     wrong = value is not None and not abs(value) <= 0.5
     return Check(
         "first margin",
