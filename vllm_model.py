@@ -4,6 +4,7 @@
 its GPUs. Imports that cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
+import gc
 import itertools
 import os
 import warnings
@@ -135,6 +136,7 @@ class Engine:
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, about each other
         from vllm import LLM
 
+        gc.freeze()  # vLLM collects garbage five times while it starts: seconds, if it looks through its own modules
         try:
             self.llm = LLM(
                 model=model,

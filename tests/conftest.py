@@ -19,10 +19,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is first imported
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """The files with the most slow tests come first: then two processes end at about the same time."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """One process takes the tests of a file, and those of all files that look at the finished run. Groups with many
+    slow tests come first: then two processes end at about the same time."""
+    groups = {item: "finished" if "finished" in item.fixturenames else item.path.name for item in items}
+    slow = Counter(group for item, group in groups.items() if item.get_closest_marker("slow"))
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: -slow[groups[item]])
 
 
 @pytest.fixture(autouse=True)
@@ -172,4 +177,5 @@ def tokenizer(request, tokenizers):
     return tokenizers[request.param]
 
 
+from helpers.finished import finished_fixture  # noqa: E402, F401
 from helpers.training import setting_fixture, train_fixture  # noqa: E402, F401
