@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.finished import WITHOUT_NETWORK, can_leave_the_network
+from helpers.judging import PlainJudge
 from helpers.loop import ROOT, environment, processes, settle, start, wait_until
 
 pytestmark = pytest.mark.slow
@@ -197,24 +198,10 @@ def test_sampling_does_not_depend_on_workers_or_chunks(finished, demo_models, tm
 
 def test_scoring_reads_the_judge_exactly(finished, demo_models):
     """The engine's label probabilities equal those of a plain forward pass, in both orders."""
-    from data_utils import encode_prompt, encode_text, load_tokenizer, resolve_model
-    from judges.base import fill_template, read_template
-    from judges.generative import split_labels
-    from training.models import load_model
-
-    exp = finished.folder
-    judge = resolve_model(demo_models / "judge")
-    tokenizer, model = load_tokenizer(judge), load_model(judge).eval()
-    template = read_template(ROOT / "prompts/offsetbias.txt")
-    prefix, labels = split_labels(*(encode_text(tokenizer, label) for label in ("Output (a)", "Output (b)")))
-    record = next(r for r in records(exp / "iter1/train.scores.jsonl") if r["order_gap"] is not None)
+    judge = PlainJudge(demo_models / "judge")
+    record = next(r for r in records(finished.folder / "iter1/train.scores.jsonl") if r["order_gap"] is not None)
     texts = [sample["text"] for sample in record["samples"]]
-    probabilities = []
-    for first, second in (texts, texts[::-1]):
-        ids = encode_prompt(tokenizer, fill_template(template, record["prompt"], first, second)) + prefix
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
-        probabilities.append(torch.softmax(logits[list(labels)], 0)[0].item())
+    probabilities = [judge(record["prompt"], *pair)[0] for pair in (texts, texts[::-1])]
     assert record["win_probs"][0][1] == pytest.approx(
         (probabilities[0] + 1 - probabilities[1]) / 2, abs=JUDGE_TOLERANCE
     )
