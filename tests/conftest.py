@@ -19,15 +19,27 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is first imported
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+LOOPS = ("test_end_to_end.py", "test_faults.py", "test_nodes.py")  # these look at the finished run
+
+
 def pytest_collection_modifyitems(items):
-    """One process takes the tests of a file, and those of all files that look at the finished run. Groups with many
-    slow tests come first: then two processes end at about the same time."""
-    groups = {item: "finished" if "finished" in item.fixturenames else item.path.name for item in items}
-    slow = Counter(group for item, group in groups.items() if item.get_closest_marker("slow"))
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: -slow[groups[item]])
+    """The files of the finished run come first, then those with many slow tests: so two processes end at about the same
+    time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.path.name not in LOOPS, -slow[item.path]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One process takes all tests of a file, and of the files that look at the finished run."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "loops" if file.endswith(LOOPS) else file
+
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True)

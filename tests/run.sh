@@ -18,8 +18,8 @@ for check in "ruff check ." "ruff format --check ." mypy; do
   fi
 done
 
-# Two groups at a time, those of conftest.py in its order, but on GPUs, where each engine wants all of the memory.
-parallel=(-n 2 --dist loadgroup --no-loadscope-reorder)
+# Two files at a time, in the order of conftest.py, but on GPUs, where each engine wants all of the memory.
+parallel=(-n 2 --dist loadfile --no-loadscope-reorder)
 if [[ -n $(nvidia-smi -L 2>/dev/null) ]]; then parallel=(); fi
 
 # Threads that wait should not spin: beside another busy process that costs a factor of eight and more.
