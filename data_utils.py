@@ -143,7 +143,6 @@ def import_transformers() -> None:
     finally:
         for name in hidden:
             del sys.modules[name]
-        gc.freeze()
         if collecting:
             gc.enable()
 
