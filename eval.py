@@ -194,22 +194,14 @@ def matrix(
     """
     given, target = file_lists(responses=responses)[0] if split_list(responses) else [], Path(output)
     labels = check_matrix([*given, *split_list(models)], names, measure, target)
-    config = JudgeConfig(**judge)
-    judged_by = [member.fingerprint() for member in config.members()] + config.weights()
-    paths = given
+    config, paths = JudgeConfig(**judge), given
     if models:
         engine = {field.name: judge[field.name] for field in fields(EngineConfig) if field.name in judge}
         length = {"max_prompt_tokens": max_input_tokens, "max_new_tokens": max_new_tokens}
         sampler = engine | length | {"tokenizer": tokenizer, "seed": seed}
         source = prompts_beside(output, input)
         paths = given + model_responses(split_list(models), source, target, temperature, top_p, sampler)
-    cells = cell_paths(paths, judged_by, target.parent / "cells")
-    missing = {path: pair for pair, path in cells.items() if not path.with_suffix(".json").exists()}
-    log.info("comparisons: %d, judged before: %d", len(cells), len(cells) - len(missing))
-    if missing:
-        files = [(paths[i], paths[j], path) for path, (i, j) in missing.items()]
-        judge_files(comparison_jobs(files), config, "comparing")
-        write_summaries(files, seed, names=[(labels[i], labels[j]) for i, j in missing.values()])
+    cells = judged_cells(paths, labels, config, target.parent / "cells", seed)
     result = {
         "names": labels,
         "responses": list(map(str, paths)),
@@ -221,6 +213,19 @@ def matrix(
     write_text(target, json.dumps(result, indent=2) + "\n")
     print_matrix(result)
     print_best(result)
+
+
+def judged_cells(paths: list, labels: list, judge: JudgeConfig, folder: Path, seed: int) -> dict:
+    """The `analysis.matrix.cell_paths` of responses files; those that were not judged before are. The log calls the
+    files by their labels."""
+    cells = cell_paths(paths, [member.fingerprint() for member in judge.members()] + judge.weights(), folder)
+    missing = {path: pair for pair, path in cells.items() if not path.with_suffix(".json").exists()}
+    log.info("comparisons: %d, judged before: %d", len(cells), len(cells) - len(missing))
+    if missing:
+        files = [(paths[i], paths[j], path) for path, (i, j) in missing.items()]
+        judge_files(comparison_jobs(files), judge, "comparing")
+        write_summaries(files, seed, names=[(labels[i], labels[j]) for i, j in missing.values()])
+    return cells
 
 
 def check_matrix(players: list, names: str, measure: str, target: Path) -> list:

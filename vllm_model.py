@@ -4,6 +4,7 @@
 its GPUs. Imports that cost seconds (vLLM, the tokenizer) happen there, not in the stage that hands out the records.
 """
 
+import gc
 import itertools
 import os
 import threading
@@ -112,6 +113,7 @@ class Engine:
 
         settings = engine_settings(config, model, model_config, max_model_len, role, on_gpu)
         tokenizer = tokenizer and os.path.abspath(tokenizer)
+        gc.freeze()  # vLLM collects garbage five times while it starts: seconds, if it looks through its own modules
         try:
             with constant_path(model) as path:
                 self.llm = LLM(model=path, tokenizer=tokenizer or path, **settings)

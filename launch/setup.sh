@@ -7,8 +7,8 @@
 # With an NVIDIA GPU it installs requirements.txt, without one requirements-cpu.txt. When nothing has
 # changed it only looks, in a fraction of a second. From the environment:
 #
-#   PYTHON=/path/to/python    run with this one and install nothing; an active environment (venv or
-#                             conda) that has vLLM is taken in the same way
+#   PYTHON=/path/to/python    run with this one and install nothing, also where it is that of .venv; an
+#                             active environment (venv or conda) that has vLLM is taken in the same way
 #   PYTHON_BASE=python3.12    the Python, 3.11 to 3.14, that .venv is made with (default: python3)
 #   SETUP_FOR=cpu|gpu         decide instead of looking for a GPU, say on a login node that has none
 
@@ -100,7 +100,8 @@ or let setup.sh make .venv: unset PYTHON, deactivate the environment, or delete 
     exit 0
 }
 
-# A script that was started by another one finds PYTHON set to our own .venv: that needs no second look.
+# A script that was started by another one, or by a program that .venv runs, finds PYTHON set to our own .venv.
+[[ -z $given || ! ${given%/*} -ef .venv/bin ]] || PYTHON=$own
 if [[ -n ${PYTHON:-} && $PYTHON != "$own" ]]; then
     [[ -n $given ]] || fail "PYTHON=$PYTHON is not there, or cannot be executed." \
         "Give the path of an interpreter, or unset PYTHON and let setup.sh make .venv."
@@ -162,6 +163,11 @@ finish() {
 if up_to_date; then
     made_for=$(<"$stamp")
     finish ".venv is up to date (${made_for%;*})"
+fi
+# Not made again under the feet of what runs in it.
+if [[ -n $given && -f $stamp ]]; then
+    say ".venv is out of date; it is used all the same, because PYTHON names it"
+    finish "to renew it, end what runs in it and start: env -u PYTHON bash launch/setup.sh"
 fi
 
 # ---- Make it ----

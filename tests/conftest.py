@@ -19,17 +19,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is first imported
 
 
+LOOPS = ("test_end_to_end.py", "test_faults.py", "test_nodes.py")  # these look at the finished run
+
+
 def pytest_collection_modifyitems(items):
-    """The files with the most slow tests come first: then two processes end at about the same time. What needs vLLM on
-    the CPU is skipped where only a build for GPUs is installed."""
+    """The files of the finished run come first, then those with many slow tests: so two processes end at about the same
+    time. What needs vLLM on the CPU is skipped where only a build for GPUs is installed."""
     from workers.pool import no_cpu_engine
 
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (item.path.name not in LOOPS, -slow[item.path]))
     reason = no_cpu_engine()
     for item in items if reason else ():
         if item.get_closest_marker("cpu_engine"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One process takes all tests of a file, and of the files that look at the finished run."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "loops" if file.endswith(LOOPS) else file
+
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -145,9 +161,10 @@ def demo_models(tmp_path_factory, worker_id):
             env=os.environ
             | {
                 "PYTHON": sys.executable,
-                "POLICY_EPOCHS": "10",
+                "POLICY_EPOCHS": "5",
                 "JUDGE_SHORT_EPOCHS": "1",
                 "JUDGE_EPOCHS": "1",
+                "JUDGE_PHRASINGS": "40",
                 "PROMPTS_PER_ITERATION": "32",
             },
         )
@@ -179,4 +196,5 @@ def tokenizer(request, tokenizers):
     return tokenizers[request.param]
 
 
+from helpers.finished import finished_fixture  # noqa: E402, F401
 from helpers.training import setting_fixture, train_fixture  # noqa: E402, F401

@@ -25,8 +25,9 @@ from pathlib import Path
 from helpers.loop import ROOT, processes, settle, start
 
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-# What may differ: when and how fast it was, what it was called, what was printed.
-TIMINGS = re.compile(rb'"(validation_)?tokens_per_s": [-+.e\d]+|"started": "[^"]*"')
+# What may differ: when and how fast it was, what it was called, what was printed, and the commit: there may have been
+# one in between.
+TIMINGS = re.compile(rb'"(validation_)?tokens_per_s": [-+.e\d]+|"(started|commit)": "[^"]*"')
 LEFT_OUT = ("logs", ".lock", "tensorboard", "report")
 
 

@@ -207,8 +207,8 @@ def rule_pairs(rule, game):
 
 
 def rule_limit(rule, soft, game, rounds=150):
-    """The policy that COMAL with a pair rule ends at: eta 1, the reference moves every 12 iterations; exact
-    expectations."""
+    """The policy that COMAL with a pair rule ends at: eta 1, the reference moves every 12 iterations, until it stays
+    within 1e-5; exact expectations."""
     sequences, chosen, rejected, share = rule_pairs(rule, game)
     win_prob = torch.tensor(game)[chosen, rejected] if soft else None
     last = reference = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64).log()
@@ -233,7 +233,9 @@ def rule_limit(rule, soft, game, rounds=150):
             steps=1,
         )
         if (iteration + 1) % 12 == 0:
-            reference = last
+            moved, reference = (last.exp() - reference.exp()).abs().max(), last
+            if moved < 1e-5:
+                break
     return last.exp().numpy()
 
 

@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
+from helpers.judging import PlainJudge
+from helpers.training import words
 
 from judges.base import JudgeConfig
 from judges.server import ServerJudge, duration, parse_answer, read_answer
@@ -172,27 +174,17 @@ def plain_rewards(directory, record):
     return found
 
 
-def score(source, output, *flags, check=True, **environment):
+def score(source, output, check=True, environment=None, **flags):
+    """What scoring.py prints; with `check` it has to succeed."""
+    flags = {"input": source, "output": output, "gpus": "none", "max_prompt_tokens": 1000} | flags
     done = subprocess.run(
-        [
-            sys.executable,
-            "scoring.py",
-            "--input",
-            str(source),
-            "--output",
-            str(output),
-            "--gpus",
-            "none",
-            "--max_prompt_tokens",
-            "1000",
-            *map(str, flags),
-        ],
+        [sys.executable, "scoring.py", *words(**flags)],
         cwd=ROOT,
         text=True,
         timeout=300,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=os.environ | environment,
+        env=os.environ | (environment or {}),
     )
     assert not check or done.returncode == 0, done.stdout
     return done.stdout
@@ -202,18 +194,8 @@ def score(source, output, *flags, check=True, **environment):
 def test_a_mixture_of_reward_models(reward_models, jsonl, tmp_path):
     records = samples(3)
     source, output = jsonl("samples.jsonl", *records), tmp_path / "scores.jsonl"
-    score(
-        source,
-        output,
-        "--judge",
-        ",".join(reward_models),
-        "--judge_type",
-        "reward",
-        "--judge_weights",
-        "1,3",
-        "--reward_temperature",
-        "0.5,2",
-    )
+    mixture = {"judge": ",".join(reward_models), "judge_weights": "1,3", "reward_temperature": "0.5,2"}
+    score(source, output, judge_type="reward", **mixture)
     found = list(read(output, Record))
     assert [one["prompt_id"] for one in found] == ["0", "1", "2"] and not list(tmp_path.glob("*.partial*"))
     for record, one in zip(records, found):
@@ -244,15 +226,8 @@ def test_probabilities_and_rewards_of_bfloat16_judges_have_no_steps(demo_models,
 
 
 def test_a_policy_is_no_reward_model(demo_models, jsonl, tmp_path):
-    output = score(
-        jsonl("samples.jsonl", *samples(1)),
-        tmp_path / "scores.jsonl",
-        "--judge",
-        demo_models / "policy",
-        "--judge_type",
-        "reward",
-        check=False,
-    )
+    source, judge = jsonl("samples.jsonl", *samples(1)), demo_models / "policy"
+    output = score(source, tmp_path / "scores.jsonl", check=False, judge=judge, judge_type="reward")
     assert "is a Qwen2ForCausalLM" in output and "a reward model is a sequence classifier with one" in output
     assert not (tmp_path / "scores.jsonl").exists()
 
@@ -267,26 +242,9 @@ def serve(model, port):
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_NO_USAGE_STATS": "1"}
     with open(f"{model}.server.log", "w") as log:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                "--model",
-                f"{model}/model",
-                "--served-model-name",
-                "judge",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-                "--max-model-len",
-                "1024",
-                "--dtype",
-                "float32",
-                "--enforce-eager",
-                "--api-key",
-                "secret",
-            ],
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", f"{model}/model", "--enforce-eager"]
+            + f"--served-model-name judge --host 127.0.0.1 --port {port} --max-model-len 1024 --dtype float32".split()
+            + ["--api-key", "secret"],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -315,27 +273,13 @@ def test_a_server_that_is_killed_and_comes_back(demo_models, jsonl, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    source, here, there = jsonl("samples.jsonl", *samples(120)), tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    source, there = jsonl("samples.jsonl", *samples(48)), tmp_path / "there.jsonl"
     with serve(judge, port) as process:
-        score(source, here, "--judge", judge)  # while the server starts
         wait_for_server(process, port, log)
+        flags = {"judge": "judge", "judge_type": "server", "api_base": f"http://127.0.0.1:{port}/v1"}
+        flags["api_concurrency"] = 4
         asking = subprocess.Popen(
-            [
-                sys.executable,
-                "scoring.py",
-                "--judge",
-                "judge",
-                "--judge_type",
-                "server",
-                "--api_base",
-                f"http://127.0.0.1:{port}/v1",
-                "--input",
-                str(source),
-                "--output",
-                str(there),
-                "--api_concurrency",
-                "4",
-            ],
+            [sys.executable, "scoring.py", *words(input=source, output=there, **flags)],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
@@ -352,18 +296,30 @@ def test_a_server_that_is_killed_and_comes_back(demo_models, jsonl, tmp_path):
         wait_for_server(process, port, log)
         output = asking.communicate(timeout=240)[0]
         assert asking.returncode == 0, output
-    assert 8 <= kept < 120
-    expected, found = list(read(here, Record)), list(read(there, Record))
-    assert [one["prompt_id"] for one in found] == [one["prompt_id"] for one in expected]
-    for one, other in zip(found, expected):
-        for i, j in itertools.permutations(range(3), 2):
-            assert one["win_probs"][i][j] == pytest.approx(other["win_probs"][i][j], abs=1e-4)
-        assert one["label_mass"] == pytest.approx(other["label_mass"], abs=1e-4)
+    assert 8 <= kept < 48
+    found, plain = list(read(there, Record)), PlainJudge(judge)
+    assert [one["prompt_id"] for one in found] == [str(i) for i in range(48)]
+    for one in (found[0], found[24], found[47]):  # before and after the kill, and one with two equal responses
+        texts = list(dict.fromkeys(sample["text"] for sample in one["samples"]))
+        verdicts = {pair: plain(one["prompt"], *pair) for pair in itertools.permutations(texts, 2)}
+        for (i, first), (j, second) in itertools.permutations(enumerate(one["samples"]), 2):
+            pair = first["text"], second["text"]
+            here, there = (verdicts.get(order, (0.5,))[0] for order in (pair, pair[::-1]))
+            assert one["win_probs"][i][j] == pytest.approx((here + 1 - there) / 2, abs=1e-4)
+        masses = [mass for _, mass in verdicts.values()]
+        assert one["label_mass"] == pytest.approx(sum(masses) / len(masses), abs=1e-4)
     requests = sum(one["usage"]["requests"] for one in found)
-    assert requests == 119 * 6 + 2 and f"{requests} requests" in output
+    assert requests == 47 * 6 + 2 and f"{requests} requests" in output
     assert (
         all("secret" not in path.read_text(errors="ignore") for path in tmp_path.iterdir()) and "secret" not in output
     )
+
+
+def completion(text, **usage):
+    """An answer of a server."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    found = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    return found | ({"usage": usage} if usage else {})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -376,17 +332,7 @@ class Handler(BaseHTTPRequestHandler):
         self.asked.append(body)
         self.at.append(time.monotonic())
         status, headers, answer = self.moods.pop(0) if self.moods else (200, {}, None)
-        if answer is None:
-            answer = {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 1,
-                "model": "m",
-                "choices": [
-                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Output (a)"}}
-                ],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-            }
+        answer = answer or completion("Output (a)", prompt_tokens=7, completion_tokens=3, total_tokens=10)
         data = json.dumps(answer).encode()
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(data))} | headers).items():
@@ -469,21 +415,7 @@ def test_a_record_that_is_too_long_or_not_answered_is_skipped(server):
     Handler.moods = [(400, {}, error("This model's maximum context length is 8 tokens"))]
     first, second = work(server, *samples(2))
     assert isinstance(first, Skipped) and "too long" in first.reason and "win_probs" in second
-    Handler.moods = [
-        (
-            200,
-            {},
-            {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 1,
-                "model": "m",
-                "choices": [
-                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Both are nice"}}
-                ],
-            },
-        )
-    ]
+    Handler.moods = [(200, {}, completion("Both are nice"))]
     (first,) = work(server, samples(2)[1])
     assert "answered 'Both are nice', which is none of its labels" in first.reason
     server.config.on_error = "skip"  # a request that the server will never take
@@ -493,47 +425,16 @@ def test_a_record_that_is_too_long_or_not_answered_is_skipped(server):
 
 
 def test_a_server_that_never_answers_with_a_label_is_no_judge(server):
-    Handler.moods = [
-        (
-            200,
-            {},
-            {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 1,
-                "model": "m",
-                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Both"}}],
-            },
-        )
-    ] * 100
+    Handler.moods = [(200, {}, completion("Both"))] * 100
     with pytest.raises(StageError, match="does not answer with one of the labels, but 'Both'"):
         work(server, *samples(9))
     assert len(Handler.asked) < 30
 
 
 def test_no_server_is_a_plain_error(jsonl, tmp_path):
-    output = score(
-        jsonl("samples.jsonl", *samples(1)),
-        tmp_path / "o.jsonl",
-        "--judge",
-        "m",
-        "--judge_type",
-        "server",
-        "--api_base",
-        "http://127.0.0.1:9/v1",
-        "--api_retries",
-        "1",
-        check=False,
-    )
-    assert "http://127.0.0.1:9/v1 did not answer for m: Connection error" in output and "Traceback" not in output
-    output = score(
-        jsonl("samples.jsonl", *samples(1)),
-        tmp_path / "o.jsonl",
-        "--judge",
-        "m",
-        "--judge_type",
-        "server",
-        check=False,
-        OPENAI_API_KEY="",
-    )
-    assert "OPENAI_API_KEY is not set" in output
+    source, output = jsonl("samples.jsonl", *samples(1)), tmp_path / "o.jsonl"
+    flags = {"check": False, "judge": "m", "judge_type": "server"}
+    printed = score(source, output, api_base="http://127.0.0.1:9/v1", api_retries=1, **flags)
+    assert "http://127.0.0.1:9/v1 did not answer for m: Connection error" in printed and "Traceback" not in printed
+    printed = score(source, output, environment={"OPENAI_API_KEY": ""}, **flags)
+    assert "OPENAI_API_KEY is not set" in printed

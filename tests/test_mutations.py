@@ -60,43 +60,10 @@ VALID = {
 
 TOO_LARGE = "@1e999@"  # stands for the number, which Python cannot write
 NESTED = json.loads("[" * 200 + "]" * 200)
-VALUES = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    1.5,
-    0.5,
-    -1.0,
-    TOO_LARGE,
-    float("nan"),
-    10**400,
-    -(10**400),
-    "",
-    "b",
-    "p1",
-    "\ud800",
-    "\u2028",
-    "<|im_end|>",
-    [],
-    {},
-    [0],
-    ["x"],
-    [None],
-    [{}],
-    [[]],
-    [0] * 5000,
-    NESTED,
-    ids("sea"),
-    [END],
-    [VOCABULARY],
-    {"role": "user"},
-    [message("assistant", "x")],
-    [message("user", "x")],
-    [message("assistant", None)],
-]
+VALUES = [None, True, False, 0, 1, -1, 1.5, 0.5, -1.0, TOO_LARGE, float("nan"), 10**400, -(10**400)]
+VALUES += ["", "b", "p1", "\ud800", "\u2028", "<|im_end|>"]
+VALUES += [[], {}, [0], ["x"], [None], [{}], [[]], [0] * 5000, NESTED, ids("sea"), [END], [VOCABULARY]]
+VALUES += [{"role": "user"}, *([message(*turn)] for turn in (("assistant", "x"), ("user", "x"), ("assistant", None)))]
 
 
 def write(records):

@@ -13,22 +13,19 @@ import sys
 import uuid
 
 import pytest
+import torch
+from helpers.finished import copy_run
 from helpers.loop import ROOT, default_signals, environment, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cpu_engine]
 
-SETTINGS = {
-    "RECIPE": "demo",
-    "ROUNDS": "1",
-    "SPLITS": "1",
-    "MAX_JUDGE_TOKENS": "1000",
-    "NUM_EPOCHS": "1",
-    "GPUS": "none",
-    "REPORT_TO": "none",
-    "NODES": "2",
-    "MASTER_ADDR": "10.77.0.1",
-    "OMP_NUM_THREADS": "1",
-}
+
+def settings(rank, **changed):
+    return {"NODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": f"cable{rank}"} | {
+        "GPUS": "none",
+        "OMP_NUM_THREADS": "1",
+        **changed,
+    }
 
 
 def read(path):
@@ -60,26 +57,12 @@ def machines():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.fixture
-def experiment(demo_models):
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    yield name
-    shutil.rmtree(ROOT / "exps" / name, ignore_errors=True)
-
-
-def start(machines, rank, name, models, log):
-    settings = SETTINGS | {
-        "NAME": f"{name}/run",
-        "DEMO_MODELS": str(models),
-        "NODE_RANK": str(rank),
-        "PYTHON": sys.executable,
-        "GLOO_SOCKET_IFNAME": f"cable{rank}",
-    }
+def start(machines, rank, log, **changed):
     with open(log, "w") as output:
         return subprocess.Popen(
             ["ip", "netns", "exec", machines[rank], "bash", "comal.sh"],
             cwd=ROOT,
-            env=environment(**settings),
+            env=environment(**settings(rank, **changed)),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -87,80 +70,41 @@ def start(machines, rank, name, models, log):
         )
 
 
-def test_two_machines_run_the_loop_together(machines, experiment, demo_models, tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the run to compare with was made on a GPU")
+def test_two_machines_train_as_one(machines, finished, tmp_path):
+    """The first iteration of a run, from its samples on: the rest is there, as one machine has made it."""
+    run, iteration = finished.folder.parent / "nodes", finished.folder.parent / "nodes/iter1"
+    copy_run(finished, run)
+    again = ("*.scores.jsonl", "*.pairs.jsonl", "data", "ckpt", "next.json")
+    for path in (path for pattern in again for path in iteration.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     logs = [tmp_path / f"node{rank}.log" for rank in range(2)]
+    changed = finished.settings | {"NAME": f"{finished.name}/nodes"}
     # The second is there first, and waits.
-    processes = [start(machines, rank, experiment, demo_models, logs[rank]) for rank in (1, 0)]
+    processes = [start(machines, rank, logs[rank], **changed) for rank in (1, 0)]
     for process in processes:
         assert process.wait(timeout=600) == 0, "\n".join(log.read_text()[-3000:] for log in logs)
-    run, texts = ROOT / "exps" / experiment / "run", [log.read_text() for log in logs]
-    assert (
-        "waits for node 0 to begin" in texts[1] and "node 1 has no more to do" in texts[1] and "done after" in texts[0]
-    )
+    texts = [log.read_text() for log in logs]
+    assert "waits for node 0 to begin" in texts[1] and "waits for exps/" in texts[1]
+    assert "node 1 has no more to do" in texts[1] and "done after" in texts[0]
     assert re.findall(r"^    (\w+)  ", texts[1], re.MULTILINE) == ["logprobs", "training"]
     wait_until(lambda: not (run / ".node0").exists(), 15)
     # The same as on one machine, up to the order of sums.
-    iteration = run / "iter0"
-    subprocess.run(
-        [
-            sys.executable,
-            "get_logprobs.py",
-            "--model",
-            demo_models / "policy",
-            "--reference",
-            demo_models / "policy",
-            "--input",
-            iteration / "test.pairs.jsonl",
-            "--output",
-            tmp_path / "alone.jsonl",
-            "--max_length",
-            "128",
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    for one, other in zip(read(iteration / "data/test.jsonl"), read(tmp_path / "alone.jsonl"), strict=True):
+    alone = finished.folder / "iter1"
+    for one, other in zip(read(iteration / "data/test.jsonl"), read(alone / "data/test.jsonl"), strict=True):
         for name in ("last_chosen_logp", "ref_rejected_logp"):
             assert one[name] == pytest.approx(other[name], abs=1e-4)
-    settings = json.loads((iteration / "ckpt/training.json").read_text())
-    command = [
-        sys.executable,
-        "inpo.py",
-        "--input",
-        iteration / "data/train.jsonl",
-        "--output",
-        tmp_path / "ckpt",
-        "--model",
-        demo_models / "policy",
-    ]
-    for flag in (
-        "eta",
-        "tau_eta_ratio",
-        "soft_labels",
-        "learning_rate",
-        "num_epochs",
-        "warmup_ratio",
-        "global_batch_size",
-        "micro_batch_tokens",
-        "max_length",
-        "max_grad_norm",
-        "seed",
-    ):
-        command += [f"--{flag}", str(settings[flag])]
-    subprocess.run(
-        [*map(str, command), "--select", "last", "--report_to", "none"], cwd=ROOT, check=True, capture_output=True
-    )
     losses = [
-        [row["loss"] for row in read(folder / "metrics.jsonl") if "loss" in row]
-        for folder in (iteration / "ckpt", tmp_path / "ckpt")
+        [row["loss"] for row in read(folder / "ckpt/metrics.jsonl") if "loss" in row] for folder in (iteration, alone)
     ]
     assert max(abs(one - other) / abs(other) for one, other in zip(*losses, strict=True)) < 1e-3
 
 
-def test_the_others_end_when_node_0_does(machines, experiment, demo_models, tmp_path):
+def test_the_others_end_when_node_0_does(machines, demo_models, tmp_path):
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    changed = {"RECIPE": "demo", "NAME": name, "DEMO_MODELS": str(demo_models), "PYTHON": sys.executable}
     logs = [tmp_path / f"node{rank}.log" for rank in range(2)]
-    first, second = (start(machines, rank, experiment, demo_models, logs[rank]) for rank in range(2))
+    first, second = (start(machines, rank, logs[rank], **changed) for rank in range(2))
     try:
         for _ in range(600):
             if "waits for exps/" in logs[1].read_text():
@@ -173,3 +117,4 @@ def test_the_others_end_when_node_0_does(machines, experiment, demo_models, tmp_
     finally:
         for process in (first, second):
             process.kill()
+        shutil.rmtree(ROOT / "exps" / name, ignore_errors=True)

@@ -232,6 +232,20 @@ def test_setup_starts_over_while_its_own_venv_is_active(project):
     assert len(project.calls("-m venv")) == 2
 
 
+def test_setup_leaves_a_venv_that_runs_its_caller(project):
+    """As tests do that run it with PYTHON set to .venv's own, after a pin has changed."""
+    assert_made(project, project.setup())
+    with (project.dir / "requirements.txt").open("a") as file:
+        file.write("another==1.0\n")
+    for python in (project.python, os.path.relpath(project.python)):
+        result = project.setup(PYTHON=python)
+        assert_made(project, result)
+        assert "out of date" in result.stderr and "env -u PYTHON bash launch/setup.sh" in result.stderr
+    assert len(project.calls("-m venv")) == 1
+    assert_made(project, project.setup())
+    assert len(project.calls("-m venv")) == 2
+
+
 def test_setup_two_at_once_install_once(project):
     if not shutil.which("flock"):
         pytest.skip("flock is not installed")

@@ -2,7 +2,7 @@
 # Builds the demo's two tiny models with mle.py: the initial policy and, at the same time, the judge.
 #   bash data/demo/build.sh exps/demo-models        (from the project's root; PYTHON names the interpreter)
 # BRADLEY_TERRY=true makes a judge without the cycle, to compare with.
-# The tests shorten the three runs with POLICY_EPOCHS, JUDGE_SHORT_EPOCHS and JUDGE_EPOCHS.
+# The tests shorten the three runs with POLICY_EPOCHS, JUDGE_SHORT_EPOCHS, JUDGE_EPOCHS and JUDGE_PHRASINGS.
 set -Eeuo pipefail
 dir=$1
 python=${PYTHON:-python3}
@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUN
 [[ -e $dir/policy/DONE && -e $dir/judge/DONE ]] && exit 0
 mkdir -p "$dir"
 "$python" data/demo/game.py write --output_dir "$dir" --prompts_per_iteration "${PROMPTS_PER_ITERATION:-1024}" \
-  --bradley_terry "${BRADLEY_TERRY:-false}"
+  --judge_phrasings "${JUDGE_PHRASINGS:-128}" --bradley_terry "${BRADLEY_TERRY:-false}"
 
 fit() { # NAME START CHATS BATCH EPOCHS RATE [flags]: one run of mle.py, on one core; a finished one is kept
   local name=$1 start=$2 chats=$3 batch=$4 epochs=$5 rate=$6

@@ -160,6 +160,7 @@ def write(
     template: str = "prompts/offsetbias.txt",
     prompts_per_iteration: int = 1024,
     num_splits: int = 6,
+    judge_phrasings: int = 128,
     bradley_terry: bool = False,
 ):
     """Write the demo's prompts, the texts its two models learn from, and the models' configs and tokenizers.
@@ -169,6 +170,7 @@ def write(
         template: the judge's template
         prompts_per_iteration: prompts a train split; phrasings repeat under different ids
         num_splits: train splits
+        judge_phrasings: of how many phrasings the judge learns the game in the whole template
         bradley_terry: let the judge's preferences follow scores instead of the cycle
     """
     preference = BRADLEY_TERRY if bradley_terry else PREFERENCE
@@ -192,7 +194,7 @@ def write(
     examples = {
         "policy": (chat(p, a, w) for p in learn for a, w in zip(ANSWERS, START)),
         "judge_short": judging_examples(short, learn, preference),
-        "judge_full": judging_examples(full, learn, preference),
+        "judge_full": judging_examples(full, learn[:judge_phrasings], preference),
     }
     for name, records in examples.items():
         with writer(output_dir / "sft" / f"{name}.jsonl", Chat) as write_record:
