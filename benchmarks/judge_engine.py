@@ -1,19 +1,23 @@
 """What the engine of a judge does: how fine its probabilities are, and what encoding beside it saves.
 
     python benchmarks/judge_engine.py margins --prompts FILE [--judge exps/demo-models/judge]
-    python benchmarks/judge_engine.py encoding --prompts FILE [--hidden 128] [--layers 2] [--rounds 3]
+    python benchmarks/judge_engine.py encoding --prompts FILE [--hidden 64] [--layers 1] [--rounds 3] [--device_ms 1]
 
 `margins` judges in bfloat16 with the output layer in bfloat16, in bfloat16 with it in float32, as the project does, and
 in float32, and counts the different margins (log P(first label) - log P(second label), to 1e-4); then the same with the
 scores of a reward model with random weights.
 `encoding` judges chunks of prompts, two of which are in flight, as in a worker: once encoded by the thread that steps the
-engine, once by one beside it, in turn. The instructions and the responses are texts of the file.
+engine, once by one beside it, in turn. With --device_ms the engine is replaced by a wait of so many milliseconds a
+prompt, in which the processor is free, as while a GPU works: this says what can be saved there, and not what it takes.
+The instructions and the responses are texts of the file.
 """
 
 import os
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 from common import in_its_own_process, random_model, record
 from judging import make_records
@@ -99,22 +103,45 @@ def drive(worker, chunks):
         worker.step()
 
 
-def both_ways(queue, config, warm_up, chunks, rounds):
+class Device:
+    """Stands in for an engine on a GPU: answers 16 prompts a step after a wait."""
+
+    def __init__(self, milliseconds):
+        self.milliseconds, self.count, self.waiting = milliseconds, 0, deque()
+
+    def enqueue(self, requests):
+        names = [str(self.count + number) for number in range(len(requests))]
+        self.count += len(requests)
+        self.waiting += zip(names, (params for _, params in requests))
+        return names
+
+    def step(self):
+        batch = [self.waiting.popleft() for _ in range(min(16, len(self.waiting)))]
+        time.sleep(len(batch) * self.milliseconds / 1000)
+        logprob = SimpleNamespace(logprob=-1.0)
+        answers = ((name, dict.fromkeys(params.logprob_token_ids, logprob)) for name, params in batch)
+        return [SimpleNamespace(request_id=name, outputs=[SimpleNamespace(logprobs=[one])]) for name, one in answers]
+
+
+def both_ways(queue, config, warm_up, chunks, rounds, device_ms):
     """[(seconds with encoding in the stepping thread, beside it)], and the seconds that encoding alone takes."""
     generative.MIN_LABEL_MASS = 0  # of random weights
+    if device_ms:
+        generative.Engine = lambda *_: Device(device_ms)
     judge, times = GenerativeJudge(config), []
+    run_here(judge.work(), [(0, warm_up)])
     began = time.perf_counter()
     for one in (one for chunk in chunks for one in chunk):
         judge.requests(one)
     alone = time.perf_counter() - began
-    run_here(judge.work(), [(0, warm_up)])
     for _ in range(rounds):
         pair = []
         for beside in (False, True):
             work = judge.work()
             if not beside:
                 work.encoder = Inline()
-            judge.engine.llm.llm_engine.reset_prefix_cache()
+            if not device_ms:
+                judge.engine.llm.llm_engine.reset_prefix_cache()
             began = time.perf_counter()
             drive(Worker(work), chunks)
             pair.append(time.perf_counter() - began)
@@ -131,6 +158,7 @@ def encoding(
     chunk_size: int = 4,
     num_samples: int = 5,
     rounds: int = 3,
+    device_ms: float = 0,
     gpus: str = "auto",
 ):
     """Measure and append to RESULTS.md."""
@@ -140,11 +168,12 @@ def encoding(
         name = random_model(judge, hidden, layers, folder) if hidden else judge
         config = JudgeConfig(judge=name, gpus=gpus, max_prompt_tokens=4096)
         os.environ.update(config.environments()[0])
-        times, alone = in_its_own_process(both_ways, config, warm_up, parts, rounds)
+        times, alone = in_its_own_process(both_ways, config, warm_up, parts, rounds, device_ms)
     inline, beside = (sorted(each)[len(times) // 2] for each in zip(*times))
     judgements = len(records) * num_samples * (num_samples - 1)
     record(
-        f"Encoding beside the engine, {judgements} judgements in {chunks} chunks",
+        f"Encoding beside the engine, {judgements} judgements in {chunks} chunks"
+        + f", a wait of {device_ms:g} ms a prompt in place of the engine" * bool(device_ms),
         [
             "| encoding | seconds, each round | median |",
             "|---|---|---|",
