@@ -146,9 +146,9 @@ def import_transformers() -> None:
     Garbage collection would look through all modules again and again, and where scikit-learn is installed, transformers
     imports it for a way of decoding that is not used here.
     """
-    collecting, hidden = gc.isenabled(), {"sklearn": None} if "sklearn" not in sys.modules else {}
+    collecting, hidden = gc.isenabled(), {"sklearn"} - sys.modules.keys()
     gc.disable()
-    sys.modules.update(hidden)  # None: as if it were not installed
+    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # None: as if it were not installed
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     finally:
