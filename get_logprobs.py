@@ -116,13 +116,14 @@ def compute(model, dataset, batches, accelerator):
     Raises StageError for a value that is not finite.
     """
     for first in range(0, len(batches), GATHER_EVERY):
-        found = []
+        owners, logps = [], []
         for indices, counts in batches[first : first + GATHER_EVERY]:
             rows = dataset.collate([dataset[i] for i in indices])["rows"]
             with torch.no_grad():
-                chosen, rejected = response_logps(model, rows, accelerator.device).chunk(2)
-            found += list(zip(indices, chosen.tolist(), rejected.tolist())) if counts else []
-        found = gather_object(found)
+                logps.append(response_logps(model, rows, accelerator.device).reshape(2, -1))
+            owners += [(index, counts) for index in indices]
+        values = torch.cat(logps, dim=1).tolist()  # read once: a GPU would wait for the program each time
+        found = gather_object([(index, *pair) for (index, counts), *pair in zip(owners, *values) if counts])
         bad = [dataset.ids[index] for index, *values in sorted(found) if not all(map(math.isfinite, values))]
         if bad:
             raise StageError(f"{dataset.path}: no finite log-probability for prompt_id {', '.join(bad[:10])}")

@@ -249,7 +249,7 @@ def test_fsdp_bfloat16_reduces_and_returns_float32(runs, setting, capsys):
     for run in (runs.bf16, runs.logprobs_bf16):
         assert run.report["policies"] == [
             "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, "
-            "output_dtype=torch.float32, cast_forward_inputs=True)"
+            "output_dtype=None, cast_forward_inputs=True)"
         ]
         assert run.report["logps_dtypes"] == ["torch.float32"]
     assert "bfloat16" not in "".join(runs.float32.report["policies"])

@@ -4,13 +4,27 @@ python -m pytest tests/test_logps.py
 """
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from training import logps
-from training.logps import MODEL_TYPES, ResponseHead, TokenLogps, install_head, lay_out, plain_logps, response_logps
+from training.logps import (
+    MODEL_TYPES,
+    ResponseHead,
+    TokenLogps,
+    Tuning,
+    attention_mask,
+    install_head,
+    lay_out,
+    model_inputs,
+    on_device,
+    response_logps,
+)
 
 SHAPE = dict(
     vocab_size=97,
@@ -25,6 +39,8 @@ SHAPE = dict(
     bos_token_id=None,
     eos_token_id=1,
 )
+
+SMALL = Tuning(rows=3, tile=5, keep=True, multiple=1)
 
 
 def tiny(model_type, **changes):
@@ -65,14 +81,26 @@ def test_layout_of_two_pairs():
     assert batch["predictors"].tolist() == [1, 2, 1, 5, 5]
     assert batch["labels"].tolist() == [7, 8, 9, 2, 3]
     assert batch["owner"].tolist() == [0, 0, 2, 1, 3]
-    assert batch["attention_mask"][0, 0].int().tolist() == [
+    assert batch["segments"].tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, -1, -1]]
+    mask = attention_mask(batch["segments"], torch.bfloat16)
+    assert mask.shape == (2, 1, 5, 5) and mask.dtype == torch.bfloat16
+    assert mask.exp()[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
-    assert batch["attention_mask"].any(-1).all()  # also padding looks at something
+    assert set(mask.unique().tolist()) == {0, -torch.inf}
+    assert (mask == 0).any(-1).all()  # also padding looks at something
+
+
+def test_layout_pads_to_a_multiple():
+    rows = [([5, 6], [[7, 8], [9]]), ([1], [[2], [3]])]
+    batch = lay_out(rows, 8)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [1, 2, 3, 0, 0, 0, 0, 0]]
+    assert batch["predictors"].tolist() == [1, 2, 1, 8, 8]
+    assert lay_out([([1] * 4, [[2, 3], [4, 5]])], 8)["input_ids"].shape == (1, 8)
 
 
 def test_layout_of_single_responses_needs_no_mask():
@@ -89,7 +117,7 @@ def test_every_known_model_gives_what_the_plain_computation_gives(model_type, re
     assert isinstance(install_head(model).lm_head, ResponseHead)
     found = response_logps(model, rows)
     assert (found.double() - expected).abs().max() < 1e-5
-    assert (plain_logps(tiny(model_type), rows, "cpu").double() - expected).abs().max() < 1e-5
+    assert (response_logps(tiny(model_type), rows).double() - expected).abs().max() < 1e-5  # the plain way
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -115,24 +143,35 @@ def by_hand_with_gradient(model, rows):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_blocks_give_what_one_softmax_gives(monkeypatch, bias):
-    monkeypatch.setattr(logps, "ROWS", 3)
-    monkeypatch.setattr(logps, "TILE", 5)
+def test_blocks_give_what_one_softmax_gives(bias):
     generator = torch.Generator().manual_seed(0)
     hidden, weight, shift = (
         torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
         for shape in ((7, 4), (13, 4), (13,))
     )
     labels = torch.tensor([0, 12, 4, 5, 5, 9, 1])
-    arguments = hidden, weight, shift if bias else None, labels, torch.float64, True
+    arguments = hidden, weight, shift if bias else None, labels, torch.float64
     expected = (
         torch.nn.functional.linear(hidden, weight, shift if bias else None).log_softmax(-1).gather(1, labels[:, None])
     )
-    assert torch.allclose(TokenLogps.apply(*arguments), expected[:, 0], atol=1e-12)
-    assert torch.allclose(TokenLogps.apply(*arguments[:-1], False), expected[:, 0], atol=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: TokenLogps.apply(h, w, b if bias else None, *arguments[3:]), (hidden, weight, shift)
-    )
+    for blocks in SMALL, logps.GPU:
+        assert torch.allclose(TokenLogps.apply(*arguments, blocks), expected[:, 0], atol=1e-12)
+        assert torch.autograd.gradcheck(
+            lambda h, w, b: TokenLogps.apply(h, w, b if bias else None, *arguments[3:], blocks), (hidden, weight, shift)
+        )
+
+
+def test_kept_logits_and_those_computed_again_give_the_same_gradients():
+    generator, gradients = torch.Generator().manual_seed(0), []
+    values = [torch.randn(shape, generator=generator).bfloat16() for shape in ((7, 4), (13, 4), (13,))]
+    for keep in (True, False):
+        arguments = [value.clone().requires_grad_() for value in values]
+        labels = torch.tensor([0, 12, 4, 5, 5, 9, 1])
+        found = TokenLogps.apply(*arguments, labels, torch.bfloat16, SMALL._replace(keep=keep))
+        assert any(saved.shape == (3, 5) for saved in found.grad_fn.saved_tensors) == keep
+        (found * torch.arange(1, 8)).sum().backward()
+        gradients.append([argument.grad for argument in arguments])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_extreme_logits_stay_finite():
@@ -140,7 +179,7 @@ def test_extreme_logits_stay_finite():
         torch.tensor([[300.0, 0.0], [0.0, -300.0]]),
         torch.tensor([[300.0, 0.0], [0.0, 300.0], [-1.0, -1.0]]),
     )
-    found = TokenLogps.apply(hidden, weight, None, torch.tensor([0, 1]), torch.float32, False)
+    found = TokenLogps.apply(hidden, weight, None, torch.tensor([0, 1]), torch.float32, SMALL)
     assert found.tolist() == [0.0, -90300.0]
 
 
@@ -182,9 +221,7 @@ def test_generation_and_saving_see_an_ordinary_model(tmp_path):
 
 def test_no_matrix_of_positions_and_vocabulary_in_float32():
     """Under bfloat16 autocast, with gradient: one in bfloat16, none in float32; without gradient none at all."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    model, rows = install_head(tiny("qwen2", vocab_size=4 * logps.TILE)), random_rows(8, shortest=8)
+    model, rows = install_head(tiny("qwen2", vocab_size=4 * logps.CPU.tile)), random_rows(8, shortest=8)
     count = sum(len(response) for _, responses in rows for response in responses)
 
     class Largest(TorchDispatchMode):
@@ -199,9 +236,132 @@ def test_no_matrix_of_positions_and_vocabulary_in_float32():
 
     with Largest() as largest, torch.autocast("cpu", torch.bfloat16):
         response_logps(model, rows).sum().backward()
-    assert largest.sizes[torch.float32] <= logps.TILE and largest.sizes[torch.bfloat16] <= logps.TILE
+    assert max(largest.sizes[torch.float32], largest.sizes[torch.bfloat16]) <= logps.CPU.tile
 
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="empty prompt"):
         response_logps(tiny("llama"), [([], [[3], [4]])])
+
+
+# ---------------------------------------------------------------------------------------------- as on a GPU
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Tensors of the CPU are treated as a GPU's are."""
+    monkeypatch.setattr(logps, "CPU", logps.GPU)
+
+
+def test_the_device_chooses():
+    assert logps.tuning("cpu") == logps.CPU == Tuning(rows=512, tile=4096, keep=True, multiple=1)
+    assert logps.tuning("cuda:1") == logps.tuning(torch.device("cuda")) == logps.GPU
+
+
+@pytest.mark.parametrize("responses", [1, 2])
+def test_a_gpu_gives_the_values_and_gradients_of_a_cpu(responses, monkeypatch):
+    model, rows, found = install_head(tiny("qwen2")), random_rows(4, responses), []
+    for tuning in logps.CPU, logps.GPU:
+        monkeypatch.setattr(logps, "CPU", tuning)
+        model.zero_grad()
+        values = response_logps(model, rows)
+        (values * torch.arange(1, 1 + len(values))).sum().backward()
+        found.append((values.detach(), [parameter.grad for parameter in model.parameters()]))
+    (values, gradients), (other_values, other_gradients) = found
+    assert torch.allclose(values, other_values, atol=1e-5)
+    assert all((a - b).norm() < 1e-5 * a.norm() for a, b in zip(gradients, other_gradients))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors; `pinned` and `copies` between devices, the latter with their settings."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.copies = Counter(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = str(function), kwargs or {}
+        self.counts[name] += 1
+        if name == "aten._pin_memory.default":  # which tensors without data do not have
+            return args[0]
+        result = function(*args, **kwargs)
+        if torch.is_tensor(result) and any(torch.is_tensor(arg) and arg.device != result.device for arg in args):
+            self.copies.append((name, kwargs.get("non_blocking")))
+        return result
+
+
+# What changes how a tensor is read or asks about it, and launches no kernel.
+NO_KERNELS = "prim. aten.detach aten.empty aten.expand aten.permute aten.promote aten.select aten.slice aten.unsq aten.view"
+
+
+def test_the_output_layer_launches_few_kernels_on_a_gpu():
+    """2,000 response tokens with Qwen2's vocabulary, forward and backward together."""
+    kernels = {}
+    for name, tuning in (("CPU", logps.CPU), ("GPU", logps.GPU)):
+        with FakeTensorMode():
+            hidden = torch.empty(2000, 1536, dtype=torch.bfloat16, requires_grad=True)
+            weight = torch.empty(151_936, 1536, dtype=torch.bfloat16, requires_grad=True)
+            labels = torch.empty(2000, dtype=torch.long)
+            with Operations() as operations:
+                TokenLogps.apply(hidden, weight, None, labels, torch.bfloat16, tuning).sum().backward()
+        assert {"aten.mm.out", "aten.mm.default", "aten.scatter_add_.default"} <= operations.counts.keys()
+        kernels[name] = sum(n for name, n in operations.counts.items() if not name.startswith(tuple(NO_KERNELS.split())))
+    assert kernels["GPU"] <= 150 and kernels["CPU"] > 5000, kernels
+
+
+def test_all_layers_share_one_mask_of_the_compute_dtype(as_on_a_gpu):
+    class Attention(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if str(function).startswith("aten._scaled_dot_product"):
+                mask = kwargs["attn_mask"]
+                self.seen.append((args[0].dtype, mask.dtype, mask.untyped_storage().data_ptr(), args[0].shape[2] % 8))
+            return function(*args, **(kwargs or {}))
+
+    model, rows = install_head(tiny("qwen2")), random_rows(2)
+    for context, dtype in (
+        (torch.autocast("cpu", enabled=False), torch.float32),
+        (torch.autocast("cpu", torch.bfloat16), torch.bfloat16),
+    ):
+        with Attention() as attention, context:
+            attention.seen = []
+            response_logps(model, rows)
+        first, second = attention.seen  # of two layers
+        assert first == second and first[:2] == (dtype, dtype) and first[3] == 0
+
+
+def test_a_batch_arrives_as_it_left():
+    batch = {
+        "yes": torch.tensor([True, False, True]),
+        "ids": torch.arange(6).view(2, 3),
+        "values": torch.tensor([1.5, -torch.inf, 3e-45]),
+        "more": torch.tensor([[7]]),
+        "rows": ["not a tensor"],
+    }
+    arrived = on_device(batch, "cpu")
+    assert arrived.keys() == batch.keys() and arrived["rows"] is batch["rows"]
+    for name in ("yes", "ids", "values", "more"):
+        assert arrived[name].dtype == batch[name].dtype and torch.equal(arrived[name], batch[name])
+
+
+def test_a_batch_goes_to_a_gpu_in_one_transfer_that_nothing_waits_for():
+    batch = model_inputs(install_head(tiny("qwen2")), random_rows(3), "cuda:0") | {"weight": torch.ones(3)}
+    with FakeTensorMode(allow_non_fake_inputs=True), Operations() as operations:
+        arrived = on_device(batch, "cuda:0")
+    assert operations.counts["aten._pin_memory.default"] == 1
+    assert operations.copies == [("aten._to_copy.default", True)]
+    assert {value.device.type for value in arrived.values() if torch.is_tensor(value)} == {"cuda"}
+    assert arrived["weight"].dtype == torch.float32 and arrived["labels"].dtype == torch.int64
+
+
+def test_a_pass_reads_no_value_and_takes_none_from_the_program(as_on_a_gpu):
+    """Tensors without data have no values: whatever reads one raises."""
+    rows = random_rows(3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = install_head(tiny("qwen2"))
+        batch = on_device(model_inputs(model, rows, "cpu"), "cpu")
+        with Operations() as operations:
+            logps.batch_logps(model, batch).sum().backward()
+            assert "aten.lift_fresh.default" not in operations.counts
+            torch.tensor([1.0])
+            assert "aten.lift_fresh.default" in operations.counts
+    assert operations.counts["aten.mm.out"] == 2 and model.lm_head.weight.grad is not None

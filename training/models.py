@@ -23,18 +23,14 @@ from workers.local import die_with_parent
 def start_accelerator(seed: int, **settings) -> Accelerator:
     """The Accelerator of this process, as `accelerate launch` or its absence says; seeds all generators.
 
-    Under FSDP 2 parameters are computed with in bfloat16, but gradients are reduced and outputs returned in
-    float32: accelerate's own policy would round both to bfloat16, which costs a log-probability two nats.
+    On a GPU attention does not go through cuDNN, which makes a plan for each shape; nearly every pair has its own.
     """
     if "LOCAL_RANK" in os.environ:
         die_with_parent()  # the launcher
     accelerator = Accelerator(**settings)
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision == "bf16":
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
+        accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not accelerator.is_main_process:
         log.setLevel("WARNING")
     # accelerate names each file of a resume point.
@@ -42,6 +38,17 @@ def start_accelerator(seed: int, **settings) -> Accelerator:
         logging.getLogger(name).setLevel(level)
     set_seed(seed)
     return accelerator
+
+
+def sharded_precision():
+    """The MixedPrecisionPolicy of FSDP 2: parameters are computed with in bfloat16, gradients reduced in float32.
+
+    accelerate's own policy also rounds gradients and outputs to bfloat16, which costs a log-probability two nats. Here
+    outputs stay as they are: `TokenLogps` returns float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def load_model(directory: str, from_config: bool = False, gradient_checkpointing: bool = False) -> nn.Module:
@@ -84,11 +91,6 @@ def vocabulary_size(directory: str) -> int:
         return AutoConfig.from_pretrained(directory).get_text_config().vocab_size
     except Exception as error:  # each model has its own kinds
         raise StageError(f"model {directory} does not load: {first_line(error)}") from None
-
-
-def on_device(batch: dict, device: torch.device) -> dict:
-    """A batch with its tensors on `device`."""
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def micro_batches(indices: Iterable[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:

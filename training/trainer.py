@@ -16,9 +16,9 @@ from torch import Tensor
 
 from data_utils import load_tokenizer, resolve_model, resolve_tokenizer
 from training.checkpoints import Checkpoints, check_apart, check_output, find_progress, run_fingerprint
-from training.logps import response_logps
+from training.logps import batch_logps, model_inputs, on_device
 from training.metrics import Metrics, pair_sums, stored_logps, update_line
-from training.models import load_model, local_batches, micro_batches, on_device, start_accelerator, vocabulary_size
+from training.models import load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
 from utils import StageError, check_at_least, check_input, log, split_list, write_text
 
 
@@ -261,12 +261,13 @@ class Trainer:
         totals, difference = {}, None
         batches = micro_batches(indices, dataset.lengths, self.config.micro_batch_tokens)
         for mine, counts in local_batches(batches, self.accelerator):
-            batch = on_device(dataset.collate([dataset[i] for i in mine]), device)
-            weight = torch.tensor([weight_of[i] * counts for i in mine], device=device)
+            batch = dataset.collate([dataset[i] for i in mine])
+            batch["weight"] = torch.tensor([weight_of[i] * counts for i in mine])
+            batch = on_device(batch | model_inputs(self.model, batch["rows"], device), device)
             with torch.set_grad_enabled(backward):
-                logps = response_logps(self.model, batch["rows"], device)
+                logps = batch_logps(self.model, batch)
                 losses = self.compute_loss(logps, batch)  # (N,)
-                loss = (losses * weight).sum()
+                loss = (losses * batch["weight"]).sum()
             if backward:
                 # Gradients are averaged over processes; the loss is a sum over them.
                 self.accelerator.backward(loss / normaliser * self.accelerator.num_processes)
@@ -274,7 +275,8 @@ class Trainer:
                 sums = {"loss": loss}
                 if "last_chosen_logps" in batch:
                     last, ref = stored_logps(batch)
-                    sums["initial"] = (self.compute_loss(last, batch) * weight).sum()  # the initial policy's loss
+                    initial = self.compute_loss(last, batch)  # the losses of the initial policy
+                    sums["initial"] = (initial * batch["weight"]).sum()
                     sums |= {name: value * counts for name, value in pair_sums(logps, last, ref).items()}
                     off = (logps - last).abs().max()
                     difference = off if difference is None else torch.maximum(difference, off)

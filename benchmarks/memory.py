@@ -1,0 +1,195 @@
+"""The peak memory of a training step on GPUs, found without one: tensors without data, processes that do not exist.
+
+    python benchmarks/memory.py                                                   the table of docs/machines.md
+    python benchmarks/memory.py --policies 1.5B --ranks 4 --lengths 2047          one line of it
+    python benchmarks/memory.py --policies path/to/model --ranks 4 --pairs 4      of another model: its config.json
+
+What runs is the project's own: `load_model`, accelerate's preparation with the project's FSDP policy, and the forward
+path of training with what it takes on a GPU. Each tensor's size is counted and none is filled. Left out are what the
+CUDA context and NCCL take, and what the allocator leaves unused: a card should have a tenth more.
+
+Goals (Qwen2-1.5B on 4 GPUs, a pair of 2 x 2,047 tokens): at most 21 GiB a GPU, 9 with gradient checkpointing.
+"""
+
+import tempfile
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import common  # noqa: F401  finds the project
+import torch
+import torch.distributed
+
+from training import logps
+from training.models import load_model, sharded_precision
+from utils import run, split_list
+
+# The shapes of Qwen2-1.5B, Qwen2-7B and Llama-3-8B.
+POLICIES = {
+    "1.5B": dict(
+        model_type="qwen2",
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "7B": dict(
+        model_type="qwen2",
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+    "8B": dict(
+        model_type="llama",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ),
+}
+GIB = 2**30
+
+
+def peak(
+    policy: str,
+    ranks: int,
+    prompt: int,
+    response: int,
+    pairs: int = 1,
+    gradient_checkpointing: bool = False,
+    reshard: bool = True,
+    sync_once: bool = False,
+) -> int:
+    """Bytes that a process of training has allocated at most, on a GPU under FSDP 2 in bfloat16.
+
+    Args:
+        policy: a name of POLICIES, or a directory with a config.json.
+        ranks: processes.
+        prompt, response: tokens of the prompt, and of each of the two responses.
+        pairs: of a forward pass.
+        gradient_checkpointing: recompute activations.
+        reshard: free the parameters of each layer after its forward pass.
+        sync_once: reduce gradients once an update, instead of in each backward pass.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+    rows = [([5] * prompt, [[6] * response, [7] * response])] * pairs
+    with processes(ranks) as mesh, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = prepare(policy, mesh, gradient_checkpointing, reshard)
+        # The trainer's is fused; of that one the tensors without data show more memory than it has.
+        optimizer = torch.optim.AdamW(model.parameters(), fused=False, foreach=False)
+        tracker = FSDPMemTracker(model, optimizer)
+
+        def backward(sync):
+            model.set_requires_gradient_sync(sync)
+            logps.response_logps(model, rows, "cpu").sum().backward()
+
+        with tracker:
+            backward(True)
+            optimizer.step()  # from here on the optimiser has its state
+            if sync_once:
+                optimizer.zero_grad()
+                backward(False)
+            backward(True)
+        return max(sum_of["Total"] for sum_of in tracker.get_tracker_snapshot("peak").values())
+
+
+def prepare(policy, mesh, gradient_checkpointing, reshard):
+    """The model as training has it under FSDP 2."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        if policy in POLICIES:
+            AutoConfig.for_model(**POLICIES[policy], max_position_embeddings=32_768).save_pretrained(folder)
+        model = load_model(folder if policy in POLICIES else policy, True, gradient_checkpointing)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=reshard,
+        auto_wrap_policy="transformer_based_wrap",
+        mixed_precision_policy=sharded_precision(),
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=mesh,
+        parallelism_config=SimpleNamespace(fsdp_dim_names=("ranks",)),
+        mixed_precision="bf16",
+        is_main_process=True,
+        device=torch.device("cpu"),
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
+@contextmanager
+def processes(count):
+    """The mesh of a process group in which this process is the only one that exists."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield init_device_mesh("cpu", (count,), mesh_dim_names=("ranks",))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def as_on_a_gpu():
+    """Tensors of the CPU are treated as a GPU's are: this torch may have none for GPUs."""
+    cpu, logps.CPU = logps.CPU, logps.GPU
+    try:
+        yield
+    finally:
+        logps.CPU = cpu
+
+
+def main(
+    policies: str = "1.5B,7B,8B",
+    ranks: str = "1,4,8",
+    lengths: str = "600,2047",
+    prompt: int = 1,
+    pairs: int = 1,
+    reshard: bool = True,
+    sync_once: bool = False,
+):
+    """Print a table of peaks in GiB a GPU, without and with gradient checkpointing.
+
+    Args:
+        policies: 1.5B, 7B and 8B, or directories with a config.json
+        ranks: numbers of GPUs
+        lengths: tokens of each of the two responses of a pair
+        prompt: tokens of the prompt
+        pairs: of a forward pass
+        reshard: free the parameters of each layer after its forward pass (fsdp_reshard_after_forward)
+        sync_once: reduce gradients once an update
+    """
+    numbers = [int(number) for number in split_list(ranks)]
+    print("| policy | tokens of a pair | checkpointing |" + "".join(f" {number} GPUs |" for number in numbers))
+    print("|" + "---|" * (3 + len(numbers)))
+    for policy in split_list(policies):
+        for length in map(int, split_list(lengths)):
+            for checkpointing in (False, True):
+                found = [
+                    peak(policy, number, prompt, length, pairs, checkpointing, reshard, sync_once) for number in numbers
+                ]
+                print(
+                    f"| {policy} | {prompt} + 2 x {length:,} | {'yes' if checkpointing else 'no'} |"
+                    + "".join(f" {value / GIB:.1f} |" for value in found),
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    run(main)
