@@ -11,7 +11,6 @@ speed.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import ROOT, make_config, make_model, make_pairs, record, without_launcher, write_chat_tokenizer
+from common import ROOT, child_environment, make_config, make_model, make_pairs, record, write_chat_tokenizer
 
 from utils import StageError, run
 
@@ -186,8 +185,8 @@ def in_a_process(way, arguments):
     command += [str(Path(__file__).resolve()), "--run", way]
     command += [f"--{name}={value}" for name, value in arguments.items()]
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if way == "ours" and arguments["precision"] == "bf16" else {}
-    environment = without_launcher(os.environ) | {"HF_HUB_OFFLINE": "1"} | precision
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with child_environment(HF_HUB_OFFLINE="1", **precision):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     found = [line for line in done.stdout.splitlines() if line.startswith("seconds ")]
     return float(found[0].split()[1]) if found else None
 

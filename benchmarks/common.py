@@ -9,6 +9,7 @@ import shlex
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from queue import Empty
@@ -85,10 +86,24 @@ def write_chat_tokenizer(folder, texts=()):
     write_tokenizer(folder, [*ANSWERS, *texts], ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), CHATML)
 
 
-def without_launcher(environment):
-    """Environment variables without those that accelerate's launcher has set for its own processes."""
-    names = "RANK", "WORLD_SIZE", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"
-    return {name: value for name, value in environment.items() if not name.startswith(names)}
+# Of the variables that accelerate's launcher sets for its own processes, and that others should not see.
+LAUNCHER = "RANK", "WORLD_SIZE", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"
+
+
+@contextmanager
+def child_environment(**more):
+    """The environment that processes get which are started in this block: without the launcher's variables, with
+    these."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(LAUNCHER):
+            del os.environ[name]
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def in_its_own_process(function, *arguments):

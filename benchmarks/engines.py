@@ -7,12 +7,11 @@ all samples have the greatest length. A start is the time from a new process to 
 cached in a folder of this run's own: the first start finds it empty.
 """
 
-import os
 import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, in_its_own_process, make_config, record, without_launcher, write_chat_tokenizer
+from common import ROOT, child_environment, in_its_own_process, make_config, record, write_chat_tokenizer
 
 from judges import generative
 from judges.base import JudgeConfig
@@ -65,13 +64,12 @@ def measure(shape, device):
         records = [{"prompt_id": str(i), "prompt": prompts[i % len(prompts)]} for i in range(count + 1)]
         sampler = SamplerConfig(model=folder, gpus=gpus, max_prompt_tokens=1024, max_new_tokens=tokens)
         judge = JudgeConfig(judge=folder, gpus=gpus, max_prompt_tokens=4096)
-        for name in os.environ.keys() - without_launcher(os.environ):
-            del os.environ[name]
-        os.environ.update({"VLLM_CACHE_ROOT": f"{folder}/cache"} | sampler.environments()[0])
+        environment = {"VLLM_CACHE_ROOT": f"{folder}/cache"} | sampler.environments()[0]
         for kind, config in (("sampling", sampler), ("judging", judge)):
             for which in ("first", "second"):
                 given = records[:2] if which == "first" else records
-                start, taken, results = in_its_own_process(started, kind, config, given, num_samples, time.time())
+                with child_environment(**environment):
+                    start, taken, results = in_its_own_process(started, kind, config, given, num_samples, time.time())
                 yield f"{kind}, {which} start", f"{start:.1f} s"
             if kind == "sampling":
                 made = sum(len(sample["token_ids"]) for one in results for sample in one["samples"])

@@ -191,7 +191,8 @@ def memory(bench) -> Iterator[Row]:
     cases = [(prompt, response, checkpointing) for prompt, response in bench.lengths for checkpointing in (False, True)]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(3, get_context("spawn")) as simulations:
         bench.config.save_pretrained(folder)
-        expected = [simulations.submit(simulated_peak, folder, *case) for case in cases]
+        with common.child_environment():
+            expected = [simulations.submit(simulated_peak, folder, *case) for case in cases]
         reached = [measured_peak(bench, *case) for case in cases]
         expected = [future.exception() or future.result() for future in expected]
     for (prompt, response, checkpointing), measured, simulated in zip(cases, reached, expected):

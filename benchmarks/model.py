@@ -139,8 +139,8 @@ def main(
     sequence: int = 0,
     gradient_checkpointing: bool = False,
     micro_batch_tokens: int = 0,
-    rows: int = 512,
-    tile: int = 4096,
+    rows: int = 0,
+    tile: int = 0,
 ):
     """Measure and append to RESULTS.md.
 
@@ -148,11 +148,13 @@ def main(
         prompts: a file whose prompts' lengths are taken; without it they are drawn as UltraFeedback's are distributed
         sequence: tokens of each prompt with its response; 0: lengths as they occur
         micro_batch_tokens: of our log-probabilities, as the stage's flag
-        rows: positions of a block at the output layer
-        tile: vocabulary entries of a block
+        rows: positions of a block at the output layer; 0: as the device has it
+        tile: vocabulary entries of a block; 0: likewise
     """
-    logps.ROWS, logps.TILE = rows, tile
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    tuned = logps.tuning(device)
+    blocks = tuned._replace(rows=rows or tuned.rows, tile=tile or tuned.tile)
+    setattr(logps, "GPU" if device == "cuda" else "CPU", blocks)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     context = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
     pairs = make_pairs(prompts, count, seed, longest, sequence)
