@@ -208,9 +208,9 @@ def seconds(function, device):
     return time.perf_counter() - began
 
 
-def matrix_rate(device, dtype):
+def matrix_rate(device, dtype, size=0):
     """FLOP/s of a large matrix product, the best of five: the rate that floors are computed with."""
-    size = 8192 if torch.device(device).type == "cuda" else 2048
+    size = size or (8192 if torch.device(device).type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right
     return 2 * size**3 / min(seconds(lambda: left @ right, device) for _ in range(5))

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from multiprocessing import get_context
 
@@ -23,7 +24,7 @@ from utils import first_line
 # response, and (prompt, response) lengths of the pairs whose peak memory is measured.
 SIZES = {
     "1.5B": (64, 32, 8192, 1024, [(200, 300), (1, 2046), (1, 4095)]),
-    "tiny": (4, 4, 128, 24, [(4, 8), (1, 15)]),
+    "tiny": (2, 2, 128, 24, [(4, 8), (1, 15)]),
 }
 
 
@@ -49,12 +50,19 @@ class Bench:
     device: str
     shape: str
     rows: list[tuple[str, Row]] = field(default_factory=list)
-    rate: float = 0.0  # of matrix products in bfloat16, FLOP/s
     prepared: tuple | None = None  # (model, optimizer, accelerator)
 
     def __post_init__(self):
         self.config = common.make_config(self.shape)
         self.pairs_timed, self.pairs_updated, self.tokens, self.longest, self.lengths = SIZES[self.shape]
+
+    @cached_property
+    def rate(self):
+        """Of large matrix products in bfloat16, FLOP/s."""
+        return self.matrix_rate(torch.bfloat16)
+
+    def matrix_rate(self, dtype):
+        return common.matrix_rate(self.device, dtype, size=256 if self.shape == "tiny" else 0)
 
     def pairs(self, count):
         return make_pairs("", count, longest=self.longest, vocabulary=self.config.vocab_size)
@@ -89,10 +97,8 @@ class Bench:
 
 def rates(bench) -> Iterator[Row]:
     """What the card itself does; benchmarks/cost.py takes these figures."""
-    for dtype in (torch.bfloat16, torch.float32):
-        rate = common.matrix_rate(bench.device, dtype)
-        yield Row(f"matrix products, {str(dtype).removeprefix('torch.')}", f"{rate / 1e12:.2f} TFLOP/s")
-    bench.rate = common.matrix_rate(bench.device, torch.bfloat16)
+    for name, rate in (("bfloat16", bench.rate), ("float32", bench.matrix_rate(torch.float32))):
+        yield Row(f"matrix products, {name}", f"{rate / 1e12:.2f} TFLOP/s")
     on_gpu = bench.device == "cuda"
     source = torch.empty(2**30 if on_gpu else 2**24, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
@@ -152,12 +158,11 @@ def differences(found, expected):
 def throughput(bench) -> Iterator[Row]:
     """Tokens a second, each prompt counted once, and the share of the measured matrix rate; the plain way's FLOPs are
     counted as ours, so that the shares compare."""
-    rate = bench.rate or common.matrix_rate(bench.device, torch.bfloat16)
     model, optimizer, accelerator = bench.training()
 
     def row(what, pairs, passes, function, goal):
         taken = bench.seconds(function)
-        share = passes * forward_flops(bench.config, as_rows(pairs)) / taken / rate
+        share = passes * forward_flops(bench.config, as_rows(pairs)) / taken / bench.rate
         tokens = sum(len(part) for pair in pairs for part in pair)
         figure = f"{tokens / taken:,.0f} tokens/s, {100 * share:.0f} % of the matrix rate"
         return Row(what, figure, f"{100 * goal:.0f} %" if goal else "", share >= goal if goal else None)
@@ -283,8 +288,8 @@ def launches(bench, function):
 
 def ways_of_attention(bench) -> Iterator[Row]:
     """Ways to compute attention, see attention.py; the project's own has to be right."""
-    rate, found = bench.rate or common.matrix_rate(bench.device, torch.bfloat16), {}
-    for lengths, way, *figures in attention.measure(bench.shape, bench.device, rate):
+    found = {}
+    for lengths, way, *figures in attention.measure(bench.shape, bench.device, bench.rate):
         what, project = f"{way.name}; {' + '.join(map(str, lengths))}", way is attention.WAYS[0]
         if len(figures) == 1:
             yield Row(what, figures[0], good=False if project else None, exact=project)

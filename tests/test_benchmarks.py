@@ -9,12 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.attention.varlen
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import attention  # noqa: E402
 import common  # noqa: E402
 import cost  # noqa: E402
+import gpu  # noqa: E402
+import gpu_sections  # noqa: E402
 
 
 def test_flops_of_a_forward_pass_by_hand():
@@ -100,3 +106,102 @@ def test_cost_and_plan_count_the_same_bytes(monkeypatch, tmp_path):
     assert kept + best + experiment.resume_size(1) == 9
     size = f"{9 * cost.POLICIES[1].checkpoint / 1e12:.2f} TB"
     assert any(line.startswith("| 8B ") and size in line for line in cost.disk())
+
+
+# ---------------------------------------------------------------------------------------------- gpu.sh
+
+
+def gpu_table(tmp_path, monkeypatch, only):
+    """(exit code, the table's rows) of gpu.py on the CPU, in this process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            gpu.main(device="cpu", shape="tiny", only=only, output=str(tmp_path / "GPU.md"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    lines = (tmp_path / "GPU.md").read_text().splitlines()
+    return ended.value.code, [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:2] == "| "][
+        1:
+    ]
+
+
+def test_gpu_measures_on_a_cpu_too(tmp_path, monkeypatch):
+    sections = "rates,exactness,throughput,kernels,attention"
+    code, rows = gpu_table(tmp_path, monkeypatch, sections)
+    assert code == 0 and {row[0] for row in rows} == set(sections.split(","))
+    assert [row[4] for row in rows if row[0] == "exactness"] == 4 * ["met"]
+    assert not [row for row in rows if "failed" in row[2]]
+    ways = {row[1].split(";")[0]: row[2:] for row in rows if row[0] == "attention"}
+    for name in (
+        "masked, torch's choice (the project's way)",
+        "rows of their own, FlashAttention",
+        "three calls, FlashAttention",
+    ):
+        assert "ms a layer" in ways[name][0] and ways[name][2] == "met"
+    assert "Error" in ways["varlen, gathered keys"][0]  # only CUDA has it
+
+
+@pytest.mark.parametrize("section", ["exactness", "kernels"])
+def test_gpu_goes_on_after_a_section_that_fails(tmp_path, monkeypatch, section):
+    """And its exit code says whether exactness could be shown."""
+
+    def broken(bench):
+        yield gpu.Row("the first figure", "1")
+        raise RuntimeError("no | kernel\nat all")
+
+    def right(bench):
+        yield gpu.Row("the last figure", "2", "2", True)
+
+    monkeypatch.setattr(gpu, "SECTIONS", gpu.SECTIONS | {section: broken, "attention": right})
+    code, rows = gpu_table(tmp_path, monkeypatch, f"attention,{section}")
+    assert [row[1:3] for row in rows] == [
+        ["the first figure", "1"],
+        ["", "failed: RuntimeError: no / kernel"],
+        ["the last figure", "2"],
+    ]
+    assert code == (section == "exactness")
+
+
+def test_gpu_fails_where_a_result_is_not_exact(tmp_path, monkeypatch):
+    """Log-probabilities that are off by a hundredth of a nat, in float32."""
+    ours = gpu_sections.Bench.ours
+    monkeypatch.setattr(gpu_sections.Bench, "ours", lambda self, *arguments: ours(self, *arguments) + 0.01)
+    code, rows = gpu_table(tmp_path, monkeypatch, "exactness")
+    assert code == 1 and rows[0][4] == "**off**"
+
+
+def test_varlen_sequences_see_what_the_mask_allows():
+    """The kernel is CUDA's alone; its sequences, one by one, with the last query at the last key: the masked result."""
+    lengths, config = (5, 3, 4), common.make_config("tiny")
+    inputs, gradient = attention.make_inputs(config, lengths, torch.device("cpu"), torch.float32)
+    mask = attention.make_masks(lengths, "cpu", torch.float32)["boolean"]
+    expected = attention.output_and_gradients(attention.WAYS[0], inputs, gradient, mask, lengths)
+
+    def one_by_one(query, key, value, cu_query, cu_key, longest_query, longest_key, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa and (longest_query, longest_key) == (5, 9)
+        outputs = []
+        for i in range(3):
+            own, seen = slice(*cu_query[i : i + 2]), slice(*cu_key[i : i + 2])
+            count, total = own.stop - own.start, seen.stop - seen.start
+            allowed = torch.ones(count, total, dtype=torch.bool).tril(total - count)
+            states = [one[piece].transpose(0, 1) for one, piece in ((query, own), (key, seen), (value, seen))]
+            outputs.append(F.scaled_dot_product_attention(*states, attn_mask=allowed, enable_gqa=True).transpose(0, 1))
+        return torch.cat(outputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.attention.varlen, "varlen_attn", one_by_one)
+        way = next(way for way in attention.WAYS if way.attend is attention.varlen)
+        found = attention.output_and_gradients(way, inputs, gradient, mask, lengths)
+    for one, other in zip(found, expected):
+        assert attention.relative(one, other) < 1e-5
+
+
+@pytest.mark.slow
+def test_gpu_starts_engines_and_simulations(tmp_path, monkeypatch):
+    code, rows = gpu_table(tmp_path, monkeypatch, "vllm,memory")
+    assert code == 0 and not [row for row in rows if "failed" in row[2]]
+    assert {row[1] for row in rows} >= {"sampling, second start", "judging, second start", "judging, 4 prompts"}
+    assert all("simulated" in row[3] for row in rows if row[0] == "memory" and "GiB" in row[2])
