@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from utils import StageError  # noqa: E402
+
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 # Shapes of Qwen2: hidden, intermediate, layers, heads, key-value heads, vocabulary. "tiny" is for trying a benchmark.
@@ -107,7 +109,7 @@ def child_environment(**more):
 
 
 def in_its_own_process(function, *arguments):
-    """What the function puts into a queue, its first argument; a dead process ends this one too."""
+    """What the function puts into a queue, its first argument. Raises StageError where the process dies."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=function, args=(queue, *arguments))
@@ -118,7 +120,7 @@ def in_its_own_process(function, *arguments):
             break
         except Empty:
             if process.exitcode is not None:
-                sys.exit(f"{function.__name__}{arguments} ended with exit code {process.exitcode}")
+                raise StageError(f"{function.__name__} ended with exit code {process.exitcode}, see above") from None
     process.join()
     return found
 

@@ -3,9 +3,9 @@
     bash benchmarks/gpu.sh [--only SECTION,...] [--output benchmarks/GPU.md]
     python benchmarks/gpu.py --device cpu --shape tiny          the same code without a GPU
 
-Models are Qwen2-1.5B's shape with random weights; lengths are drawn as UltraFeedback's are distributed. The sections are
-the functions of gpu_sections.py, in the order of SECTIONS. One that fails says why in its row, and the others go on. The
-table is written again after each of them. Exit code 1: a figure of exactness is off, or could not be had.
+Models are Qwen2-1.5B's shape with random weights; lengths are drawn as UltraFeedback's are distributed. The sections
+are the functions of gpu_sections.py, in the order of SECTIONS. One that fails says why in its row, and the others go
+on. The table is written again after each of them. Exit code 1: a figure of exactness is off, or could not be had.
 """
 
 import sys

@@ -161,7 +161,11 @@ def throughput(bench) -> Iterator[Row]:
     model, optimizer, accelerator = bench.training()
 
     def row(what, pairs, passes, function, goal):
-        taken = bench.seconds(function)
+        try:
+            taken = bench.seconds(function)
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad()
+            return Row(what, "out of memory", good=False if goal else None)
         share = passes * forward_flops(bench.config, as_rows(pairs)) / taken / bench.rate
         tokens = sum(len(part) for pair in pairs for part in pair)
         figure = f"{tokens / taken:,.0f} tokens/s, {100 * share:.0f} % of the matrix rate"

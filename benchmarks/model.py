@@ -77,7 +77,7 @@ def compare_logps(model, pairs, device, context, repeats, tokens):
     }
 
 
-def compare_training(model, pairs, device, context, repeats, tokens):
+def compare_training(model, pairs, device, context, repeats):
     """The same of training steps of one pair each, with the largest relative difference of a gradient.
 
     The optimiser's state is there before; the gradients count as extra memory."""
@@ -161,32 +161,39 @@ def main(
     model = install_head(make_model(shape).to(device))
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokens, responses = sum(len(p) + len(c) + len(r) for p, c, r in pairs), sum(len(c) + len(r) for _, c, r in pairs)
     rate = matrix_rate(device, dtype)
     floor = forward_flops(model.config, as_rows(pairs)) / rate
     lines = [
-        f"{count} pairs: {tokens:,} tokens with each prompt once, {responses:,} of responses; prompts' median "
-        f"{statistics.median(len(p) for p, _, _ in pairs):.0f}, responses' "
-        f"{statistics.median(len(r) for pair in pairs for r in pair[1:]):.0f}. Matrix product "
-        f"({precision}): {rate / 1e12:.2f} TFLOP/s.",
+        describe(pairs) + f" Matrix product ({precision}): {rate / 1e12:.2f} TFLOP/s.",
         "",
         "| stage | plain | ours | faster | plain's extra MiB | ours | less | floor | of it reached | difference |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    model.eval()
-    jobs = [("log-probabilities", compare_logps, 1, "nats"), ("training step", compare_training, 3, "relative")]
-    for name, compare, passes, unit in jobs:
-        if passes == 3:
-            model.train()
-        found = compare(model, pairs, device, context, repeats, micro_batch_tokens)
-        (plain, plain_mib), (ours, our_mib) = found["plain"], found["ours"]
-        lines.append(
-            f"| {name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
-            f"1/{plain_mib / max(our_mib, 1):.1f} | {passes * floor:.2f} s | {100 * passes * floor / ours:.0f} % | "
-            f"{found['difference']:.1e} {unit} |"
-        )
+    found = compare_logps(model.eval(), pairs, device, context, repeats, micro_batch_tokens)
+    lines.append(table_line("log-probabilities", found, floor, "nats"))
+    found = compare_training(model.train(), pairs, device, context, repeats)
+    lines.append(table_line("training step", found, 3 * floor, "relative"))
     checkpointing = ", gradient checkpointing" * gradient_checkpointing
     record(f"Log-probabilities and training, Qwen2 {shape}, {precision}{checkpointing}", lines)
+
+
+def describe(pairs):
+    tokens, responses = sum(len(p) + len(c) + len(r) for p, c, r in pairs), sum(len(c) + len(r) for _, c, r in pairs)
+    return (
+        f"{len(pairs)} pairs: {tokens:,} tokens with each prompt once, {responses:,} of responses; prompts' median "
+        f"{statistics.median(len(p) for p, _, _ in pairs):.0f}, responses' "
+        f"{statistics.median(len(r) for pair in pairs for r in pair[1:]):.0f}."
+    )
+
+
+def table_line(name, found, floor, unit):
+    """Of what `measure` found; the floor is that of the matrix products, in seconds."""
+    (plain, plain_mib), (ours, our_mib) = found["plain"], found["ours"]
+    return (
+        f"| {name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
+        f"1/{plain_mib / max(our_mib, 1):.1f} | {floor:.2f} s | {100 * floor / ours:.0f} % | "
+        f"{found['difference']:.1e} {unit} |"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 python -m pytest tests/test_benchmarks.py
 """
 
+import re
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ import common  # noqa: E402
 import cost  # noqa: E402
 import gpu  # noqa: E402
 import gpu_sections  # noqa: E402
+
+import utils  # noqa: E402
 
 
 def test_flops_of_a_forward_pass_by_hand():
@@ -52,6 +56,34 @@ def test_flops_of_qwen2_are_two_a_weight_and_token():
     dense = common.forward_flops(config, rows) - common.attention_flops(config, rows)
     head = config.hidden_size * config.vocab_size
     assert dense == 2 * ((weights - head) * 100 + head * 99)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+PAGES = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / "benchmarks").glob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
+COMMANDS = sorted(
+    {line for page in PAGES for line in re.findall(r"python (benchmarks/\w+\.py[^`\n>]*)", page.read_text())}
+)
+
+
+def test_every_benchmark_has_help_and_commands_have_flags_that_exist(monkeypatch, capsys):
+    """All commands of the documents, of the results and of the docstrings; nothing runs."""
+    commands = {path.name: None for path in (ROOT / "benchmarks").glob("*.py")}
+    monkeypatch.setattr(utils, "run", lambda command: commands.update({Path(sys.argv[0]).name: command}))
+    for name in commands:
+        monkeypatch.setattr(sys, "argv", [name])
+        runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+    helpers = {name for name, command in commands.items() if command is None}
+    assert helpers == {"common.py", "gpu_sections.py"}
+    for name in commands.keys() - helpers:
+        with pytest.raises(SystemExit):
+            utils._read_flags(name, commands[name], ["--help"])
+        assert "usage: " + name in capsys.readouterr().out
+    assert len(COMMANDS) > 20
+    for line in COMMANDS:
+        words = re.sub(r" {4,}.*|[][]", "", line).split()  # without what explains it, and with what is optional
+        name, words = Path(words[0]).name, [word.split("|")[0] for word in words[1:]]
+        assert words == ["--help"] or utils._read_flags(name, commands[name], words) is not None, line
 
 
 # ---------------------------------------------------------------------------------------------- the cost on paper
