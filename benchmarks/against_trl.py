@@ -80,7 +80,6 @@ def time_ours(shape, pairs, batch, device, folder):
         select="last",
         num_epochs=1,
         global_batch_size=batch,
-        micro_batch_tokens=8192 if device == "cuda" else 0,
         save_steps=0,
         shuffle=False,
         start_tolerance=1e9,  # the stored log-probabilities are no model's

@@ -12,11 +12,12 @@ measures the most important of them on a card: replace them by your own. Stages:
   kernels: 122 a layer, forward and backward, a third of them forward alone (benchmarks/memory.py's model, counted).
 - Decoding takes what is larger of that and of the bytes that it reads over the memory's bandwidth.
 - Training is sharded (FSDP 2). A GPU holds 16 bytes a parameter over the number of shards: weights, gradients and two
-  moments in float32. In each pass it receives all parameters twice in bfloat16, forward and backward, and its gradients
-  are reduced once in float32: 2 + 2 + 4 = 8 bytes a parameter, x (shards - 1) / shards. Where the memory allows whole
-  parameters and gradients, 2 + 4 bytes more, they are gathered and reduced once an update instead: 2 + 4 bytes. Shards
-  are the GPUs of a node where that fits, and nodes then add up their gradients over the network once an update (2 x 4
-  bytes over the number of shards). Communication and products overlap: the larger counts.
+  moments in float32. In each pass (SHARDING=full) it receives all parameters twice in bfloat16, forward and backward,
+  and its gradients are reduced once in float32: 2 + 2 + 4 = 8 bytes a parameter, x (shards - 1) / shards. Where the
+  memory allows whole parameters and gradients, 2 + 4 bytes more, they are gathered and reduced once an update instead
+  (SHARDING=optimizer): 2 + 4 bytes. Shards are the GPUs of a node where that fits, and nodes then add up their
+  gradients over the network once an update (2 x 4 bytes over the number of shards). Communication and products overlap:
+  the larger counts.
 - Activations take 83 bytes x hidden x layers a token (3.4 MiB of Qwen2-1.5B, simulated by memory.py).
 - Starts: two engines and three models for PyTorch an iteration. An engine compiles its model unless its cache has it.
 """
