@@ -124,7 +124,7 @@ def time_trl(shape, pairs, batch, device, folder, precision, whole_update, optio
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a"
     )
     trainer = GivenIds(
-        model=make_model(shape),
+        model=make_model(shape, device=device),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]),
         callbacks=[Callback()],
