@@ -1,7 +1,7 @@
 """The project's whole trainer against TRL's DPOTrainer (loss_type="ipo"), on the same pairs of the same model.
 
     pip install --no-deps --target exps/trl trl==1.16.0
-    PYTHONPATH=exps/trl python benchmarks/against_trl.py [--shape 44M] [--precision bf16] [--updates 4] [--batch 4]
+    PYTHONPATH=exps/trl python benchmarks/against_trl.py [--shape 44M] [--precision bf16] [--updates 5] [--batch 1]
 
 Ours is `ipo.py` as comal.sh runs it; TRL's reference log-probabilities are computed before. Each way has a process of
 its own and starts from random weights. The time is that from the end of the first update to the end of the last: data,
@@ -164,7 +164,8 @@ def measure(shape, precision, updates, batch, device, prompts=""):
     if not installed():
         raise StageError("TRL is not installed; see benchmarks/against_trl.py for the command")
     tokens = sum(len(part) for pair in some_pairs(shape, updates, batch, prompts)[batch:] for part in pair)
-    ways = ["ours", *WAYS] if device == "cuda" else ["ours", *list(WAYS)[:-1]]
+    possible = [way for way, (whole, _) in WAYS.items() if batch > 1 or not whole]
+    ways = ["ours", *(way for way in possible if device == "cuda" or not WAYS[way][1])]
     arguments = {"shape": shape, "precision": precision, "updates": updates, "batch": batch, "device": device}
     return {way: (tokens, in_a_process(way, arguments | ({"prompts": prompts} if prompts else {}))) for way in ways}
 
@@ -194,8 +195,8 @@ def main(
     prompts: str = "",
     shape: str = "44M",
     precision: str = "bf16",
-    updates: int = 4,
-    batch: int = 4,
+    updates: int = 5,
+    batch: int = 1,
     device: str = "cpu",
     run: str = "",
 ):
