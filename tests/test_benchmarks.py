@@ -3,8 +3,10 @@
 python -m pytest tests/test_benchmarks.py
 """
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +231,33 @@ def test_varlen_sequences_see_what_the_mask_allows():
         found = attention.output_and_gradients(way, inputs, gradient, mask, lengths)
     for one, other in zip(found, expected):
         assert attention.relative(one, other) < 1e-5
+
+
+UNDER_FSDP = """
+import sys
+
+sys.path[:0] = ["benchmarks", "tests/helpers"]
+import fsdp_on_cpu
+import gpu
+from training import models
+
+if __name__ == "__main__":
+    models.Accelerator = fsdp_on_cpu.FSDPAccelerator
+    gpu.main(device="cpu", shape="tiny", only="exactness,throughput,kernels", output=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_gpu_measures_under_fsdp(tmp_path):
+    """One process of real FSDP 2, as on one GPU."""
+    (tmp_path / "script.py").write_text(UNDER_FSDP)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "fsdp_config.yaml", "--num_processes", "1"]
+    command = [sys.executable, *launcher, str(tmp_path / "script.py"), str(tmp_path / "GPU.md")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = (tmp_path / "GPU.md").read_text()
+    assert "failed" not in found and found.count("| exactness | bfloat16") == 2
 
 
 @pytest.mark.slow
