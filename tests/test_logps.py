@@ -291,9 +291,7 @@ class Operations(TorchDispatchMode):
 
 
 # What changes how a tensor is read or asks about it, and launches no kernel.
-NO_KERNELS = (
-    "prim. aten.detach aten.empty aten.expand aten.permute aten.promote aten.select aten.slice aten.unsq aten.view"
-)
+NO_KERNELS = "prim. aten.detach aten.empty aten.expand aten.permute aten.promote aten.select aten.slice aten.unsq aten.view"
 
 
 def test_the_output_layer_launches_few_kernels_on_a_gpu():
@@ -307,9 +305,7 @@ def test_the_output_layer_launches_few_kernels_on_a_gpu():
             with Operations() as operations:
                 TokenLogps.apply(hidden, weight, None, labels, torch.bfloat16, tuning).sum().backward()
         assert {"aten.mm.out", "aten.mm.default", "aten.scatter_add_.default"} <= operations.counts.keys()
-        kernels[name] = sum(
-            n for name, n in operations.counts.items() if not name.startswith(tuple(NO_KERNELS.split()))
-        )
+        kernels[name] = sum(n for name, n in operations.counts.items() if not name.startswith(tuple(NO_KERNELS.split())))
     assert kernels["GPU"] <= 150 and kernels["CPU"] > 5000, kernels
 
 
