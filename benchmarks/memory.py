@@ -21,7 +21,7 @@ import torch.distributed
 
 from training import logps
 from training.models import load_model, sharded_precision
-from utils import run, split_list
+from utils import StageError, check_at_least, run, split_list
 
 # The shapes of Qwen2-1.5B, Qwen2-7B and Llama-3-8B.
 POLICIES = {
@@ -66,8 +66,7 @@ def peak(
     response: int,
     pairs: int = 1,
     gradient_checkpointing: bool = False,
-    reshard: bool = True,
-    sync_once: bool = False,
+    sharding: str = "full",
 ) -> int:
     """Bytes that a process of training has allocated at most, on a GPU under FSDP 2 in bfloat16.
 
@@ -77,34 +76,38 @@ def peak(
         prompt, response: tokens of the prompt, and of each of the two responses.
         pairs: of a forward pass.
         gradient_checkpointing: recompute activations.
-        reshard: free the parameters of each layer after its forward pass.
-        sync_once: reduce gradients once an update, instead of in each backward pass.
+        sharding: full, or optimizer: parameters and gradients are whole until the last pass of an update.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
     rows = [([5] * prompt, [[6] * response, [7] * response])] * pairs
     with processes(ranks) as mesh, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
-        model = prepare(policy, mesh, gradient_checkpointing, reshard)
+        model = prepare(policy, mesh, gradient_checkpointing)
         # The trainer's is fused; of that one the tensors without data show more memory than it has.
         optimizer = torch.optim.AdamW(model.parameters(), fused=False, foreach=False)
         tracker = FSDPMemTracker(model, optimizer)
 
-        def backward(sync):
-            model.set_requires_gradient_sync(sync)
+        if sharding == "optimizer":
+            model.set_reshard_after_forward(False)
+
+        def backward(last):
+            model.set_requires_gradient_sync(last or sharding == "full")
+            model.set_reshard_after_backward(last or sharding == "full")
             logps.response_logps(model, rows, "cpu").sum().backward()
 
         with tracker:
-            backward(True)
-            optimizer.step()  # from here on the optimiser has its state
-            if sync_once:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()  # from here on the optimiser has its state, as after an update
+            if sharding == "optimizer":
                 optimizer.zero_grad()
                 backward(False)
-            backward(True)
+            backward(True)  # beside the gradients of an earlier pass
         return max(sum_of["Total"] for sum_of in tracker.get_tracker_snapshot("peak").values())
 
 
-def prepare(policy, mesh, gradient_checkpointing, reshard):
+def prepare(policy, mesh, gradient_checkpointing):
     """The model as training has it under FSDP 2."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -116,7 +119,7 @@ def prepare(policy, mesh, gradient_checkpointing, reshard):
         model = load_model(folder if policy in POLICIES else policy, True, gradient_checkpointing)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        reshard_after_forward=reshard,
+        reshard_after_forward=True,
         auto_wrap_policy="transformer_based_wrap",
         mixed_precision_policy=sharded_precision(),
         cpu_ram_efficient_loading=False,
@@ -158,11 +161,10 @@ def as_on_a_gpu():
 def main(
     policies: str = "1.5B,7B,8B",
     ranks: str = "1,4,8",
-    lengths: str = "600,2047",
+    lengths: str = "400,2047",
     prompt: int = 1,
     pairs: int = 1,
-    reshard: bool = True,
-    sync_once: bool = False,
+    sharding: str = "full",
 ):
     """Print a table of peaks in GiB a GPU, without and with gradient checkpointing.
 
@@ -172,18 +174,19 @@ def main(
         lengths: tokens of each of the two responses of a pair
         prompt: tokens of the prompt
         pairs: of a forward pass
-        reshard: free the parameters of each layer after its forward pass (fsdp_reshard_after_forward)
-        sync_once: reduce gradients once an update
+        sharding: full, or optimizer: parameters and gradients are whole until the last pass of an update
     """
+    check_at_least(1, prompt=prompt, pairs=pairs)
+    if sharding not in ("full", "optimizer"):
+        raise StageError(f"--sharding should be full or optimizer, got {sharding}")
     numbers = [int(number) for number in split_list(ranks)]
-    print("| policy | tokens of a pair | checkpointing |" + "".join(f" {number} GPUs |" for number in numbers))
+    heads = "".join(f" {number} GPU{'s' if number > 1 else ''} |" for number in numbers)
+    print(f"| policy | tokens of a pair | checkpointing |{heads}")
     print("|" + "---|" * (3 + len(numbers)))
     for policy in split_list(policies):
         for length in map(int, split_list(lengths)):
             for checkpointing in (False, True):
-                found = [
-                    peak(policy, number, prompt, length, pairs, checkpointing, reshard, sync_once) for number in numbers
-                ]
+                found = [peak(policy, number, prompt, length, pairs, checkpointing, sharding) for number in numbers]
                 print(
                     f"| {policy} | {prompt} + 2 x {length:,} | {'yes' if checkpointing else 'no'} |"
                     + "".join(f" {value / GIB:.1f} |" for value in found),

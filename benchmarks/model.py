@@ -148,13 +148,12 @@ def main(
         prompts: a file whose prompts' lengths are taken; without it they are drawn as UltraFeedback's are distributed
         sequence: tokens of each prompt with its response; 0: lengths as they occur
         micro_batch_tokens: of our log-probabilities, as the stage's flag
-        rows: positions of a block at the output layer; 0: as the device has it
-        tile: vocabulary entries of a block; 0: likewise
+        rows: positions of a block at the output layer; 0: as many as suit the device
+        tile: vocabulary entries of a block; likewise
     """
+    blocks = {name: value for name, value in (("rows", rows), ("tile", tile)) if value}
+    logps.CPU, logps.GPU = logps.CPU._replace(**blocks), logps.GPU._replace(**blocks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tuned = logps.tuning(device)
-    blocks = tuned._replace(rows=rows or tuned.rows, tile=tile or tuned.tile)
-    setattr(logps, "GPU" if device == "cuda" else "CPU", blocks)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     context = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
     pairs = make_pairs(prompts, count, seed, longest, sequence)

@@ -13,6 +13,7 @@ from helpers.training import (
     run_here,
     write,
 )
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import get_logprobs
 from data_utils import end_token_id
@@ -112,6 +113,22 @@ def test_get_logprobs_goes_on_where_it_was_stopped(setting, tmp_path, monkeypatc
     assert seen == groups[2:]
     assert output.read_bytes() == expected.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+
+
+def test_get_logprobs_reads_values_once_for_many_forward_passes(setting, tmp_path, monkeypatch):
+    """So that a GPU seldom waits for the program. Tensors without data have no values: what reads one raises."""
+    compute, response_logps, passes = get_logprobs.compute, get_logprobs.response_logps, []
+
+    def without_data(*arguments):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield from compute(*arguments)
+
+    monkeypatch.setattr(get_logprobs, "compute", without_data)
+    monkeypatch.setattr(get_logprobs, "response_logps", lambda *given: passes.append(1) or response_logps(*given))
+    monkeypatch.setattr(get_logprobs, "GATHER_EVERY", 4)
+    with pytest.raises(DataDependentOutputException):
+        logprobs(setting, tmp_path / "out.jsonl")
+    assert len(passes) == 4
 
 
 def test_get_logprobs_writes_nothing_where_a_value_is_not_finite(setting, tmp_path):

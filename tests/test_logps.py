@@ -291,10 +291,11 @@ class Operations(TorchDispatchMode):
 
 
 # What changes how a tensor is read or asks about it, and launches no kernel.
-NO_KERNELS = "prim. aten.detach aten.empty aten.expand aten.permute aten.promote aten.select aten.slice aten.unsq aten.view"
+QUESTIONS = "prim. aten.promote aten.empty aten.detach aten.view aten.slice aten.select aten.unsqueeze aten.permute"
+NO_KERNELS = (*QUESTIONS.split(), "aten.expand")
 
 
-def test_the_output_layer_launches_few_kernels_on_a_gpu():
+def test_the_output_layer_launches_few_kernels_on_a_gpu(capsys):
     """2,000 response tokens with Qwen2's vocabulary, forward and backward together."""
     kernels = {}
     for name, tuning in (("CPU", logps.CPU), ("GPU", logps.GPU)):
@@ -305,8 +306,13 @@ def test_the_output_layer_launches_few_kernels_on_a_gpu():
             with Operations() as operations:
                 TokenLogps.apply(hidden, weight, None, labels, torch.bfloat16, tuning).sum().backward()
         assert {"aten.mm.out", "aten.mm.default", "aten.scatter_add_.default"} <= operations.counts.keys()
-        kernels[name] = sum(n for name, n in operations.counts.items() if not name.startswith(tuple(NO_KERNELS.split())))
-    assert kernels["GPU"] <= 150 and kernels["CPU"] > 5000, kernels
+        kernels[name] = sum(n for name, n in operations.counts.items() if not name.startswith(NO_KERNELS))
+    with capsys.disabled():
+        print(
+            f" [kernels for 2,000 tokens, in a GPU's blocks and in a CPU's: {kernels['GPU']}, {kernels['CPU']:,}] ",
+            end="",
+        )
+    assert kernels["GPU"] <= 150 and kernels["CPU"] > 5000
 
 
 def test_all_layers_share_one_mask_of_the_compute_dtype(as_on_a_gpu):

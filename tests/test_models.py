@@ -8,10 +8,11 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from helpers.training import load
+import torch
+from helpers.training import load, run_here
 
 from data_utils import model_fingerprint
-from training.models import local_batches, micro_batches
+from training.models import local_batches, micro_batches, start_accelerator
 
 
 def test_micro_batches_hold_what_fits_longest_first():
@@ -33,6 +34,12 @@ def test_local_batches_deal_equal_rounds_and_each_example_once(count, size, proc
     assert {len(rounds) for rounds in dealt} == {math.ceil(math.ceil(count / size) / processes)}
     assert sorted(i for rounds in dealt for batch, counts in rounds if counts for i in batch) == sorted(indices)
     assert all(0 < len(batch) <= size and set(batch) <= set(indices) for rounds in dealt for batch, _ in rounds)
+
+
+def test_attention_does_not_go_through_cudnn():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    run_here(start_accelerator, seed=0)
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def test_model_fingerprint_sees_config_sizes_and_weights(setting, tmp_path):

@@ -31,10 +31,12 @@ from helpers.training import (
     words,
     write,
 )
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import dpo
 import inpo
 import ipo
+from training import trainer
 from training.trainer import data_order, learning_rate
 from utils import StageError
 
@@ -282,3 +284,18 @@ def test_bfloat16_training_starts_where_launched_log_probabilities_say(setting, 
     assert off_same < 1e-6  # the same forward path: measured 0
     assert off_batched < 1e-3  # measured: 3e-4
     assert {value.dtype for value in saved_tensors(same / "model").values()} == {torch.float32}
+
+
+def test_no_value_is_read_before_all_micro_batches_are_done(train, monkeypatch):
+    """So that a GPU never waits for the program. Tensors without data have no values: what reads one raises."""
+    run_batch, on_device, transfers = trainer.Trainer.run_batch, trainer.on_device, []
+
+    def without_data(self, *arguments, **settings):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return run_batch(self, *arguments, **settings)
+
+    monkeypatch.setattr(trainer.Trainer, "run_batch", without_data)
+    monkeypatch.setattr(trainer, "on_device", lambda *arguments: transfers.append(1) or on_device(*arguments))
+    with pytest.raises(DataDependentOutputException):
+        train(micro_batch_tokens=0)
+    assert len(transfers) == 11  # one a micro-batch, and each has one of the pairs

@@ -12,6 +12,7 @@
 
 `MODEL_TYPES` are the models for which this was verified: their logits are the output layer's product and nothing else,
 and each layer attends to all positions that the mask allows. Others take the plain way, `plain_logps`, which does wait.
+Rows with one response wait once a batch, as transformers looks whether their positions begin anew.
 """
 
 from typing import NamedTuple
