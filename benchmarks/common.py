@@ -26,7 +26,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 # Shapes of Qwen2: hidden, intermediate, layers, heads, key-value heads, vocabulary. "tiny" is for trying a benchmark.
 SHAPES = {
-    "tiny": (64, 128, 2, 4, 2, 1000),
+    "tiny": (64, 128, 2, 2, 1, 1000),
     "44M": (256, 1024, 4, 4, 2, 151_936),
     "120M": (512, 2048, 10, 8, 2, 151_936),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936),
