@@ -1,34 +1,106 @@
-"""Training steps against TRL's DPOTrainer (loss_type="ipo", reference log-probabilities precomputed) on the same pairs.
+"""The project's whole trainer against TRL's DPOTrainer (loss_type="ipo"), on the same pairs of the same model.
 
-    python benchmarks/against_trl.py --prompts FILE [--shape 44M] [--precision bf16] [--count 16]
+    pip install --no-deps --target exps/trl trl==1.16.0
+    PYTHONPATH=exps/trl python benchmarks/against_trl.py [--shape 44M] [--precision bf16] [--updates 5] [--batch 1]
 
-TRL is installed beside the project's packages (pip install --no-deps --target exps/trl trl==1.16.0), in a folder of its
-own that only its process sees. Both train the same model on the same token ids, one pair a step, AdamW, in processes of
-their own; the time of the reference's log-probabilities and of the first step is left out of both. TRL is tried with
-its default and, on a GPU, with padding-free batches; the fastest counts. Goal: 1.5 times TRL's speed.
+Ours is `ipo.py` as comal.sh runs it; TRL's reference log-probabilities are computed before. Each way has a process of
+its own and starts from random weights. The time is that from the end of the first update to the end of the last: data,
+passes, optimiser and metrics are in it; loading, the first update and the checkpoint are not. TRL is tried with a pair
+a pass and with all pairs of an update, on a GPU also without padding; its fastest way counts. Goal: 1.5 times TRL's
+speed.
 """
 
-import contextlib
 import json
-import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from common import ROOT, make_model, make_pairs, record, seconds
+from common import ROOT, child_environment, make_config, make_model, make_pairs, record, write_chat_tokenizer
 
-from utils import run
+from utils import StageError, run
 
-TRL = "trl==1.16.0"
-WAYS = {"ours": {}, "TRL": {}, "TRL-padding-free": {"padding_free": True}}
+WAYS = {  # of TRL: whether all pairs of an update are one pass, and its own options
+    "TRL, a pair a pass": (False, {}),
+    "TRL, an update a pass": (True, {}),
+    "TRL, an update a pass, padding-free": (True, {"padding_free": True}),  # wants FlashAttention
+}
 
 
-def step_times_of_trl(prompts, shape, precision, count, seed, **options):
-    """Seconds of each step of DPOTrainer but the first; runs where TRL can be imported."""
+def installed():
+    return find_spec("trl") is not None
+
+
+class Clock:
+    """Notes the end of each update, a GPU's work included."""
+
+    def __init__(self):
+        self.ends = []
+
+    def note(self):
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def seconds(self):
+        """Of all updates but the first."""
+        return self.ends[-1] - self.ends[0]
+
+
+# ---------------------------------------------------------------------------------------------- ours
+
+
+def time_ours(shape, pairs, batch, device, folder):
+    """Seconds of all updates but the first of `ipo.py`."""
+    import ipo
+    from training.trainer import Trainer
+
+    clock, update = Clock(), Trainer.update
+
+    def timed(self, step, indices):
+        metrics = update(self, step, indices)
+        clock.note()
+        return metrics
+
+    Trainer.update = timed
+    make_config(shape).save_pretrained(folder)
+    write_chat_tokenizer(folder)
+    with open(f"{folder}/data.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(data_record(str(i), *pair)) + "\n" for i, pair in enumerate(pairs))
+    ipo.main(
+        model=folder,
+        from_config=True,
+        input=f"{folder}/data.jsonl",
+        output=f"{folder}/ckpt",
+        select="last",
+        num_epochs=1,
+        global_batch_size=batch,
+        save_steps=0,
+        shuffle=False,
+        start_tolerance=1e9,  # the stored log-probabilities are no model's
+        report_to="none",
+        eta=0.1,
+    )
+    return clock.seconds()
+
+
+def data_record(name, prompt, chosen, rejected):
+    """A line of a data file (records.Data)."""
+    logps = {f"{model}_{side}_logp": 0.0 for model in ("last", "ref") for side in ("chosen", "rejected")}
+    ids = {"prompt_token_ids": prompt, "chosen_token_ids": chosen, "rejected_token_ids": rejected}
+    return {"prompt_id": name, "win_prob": 1.0} | ids | logps
+
+
+# ---------------------------------------------------------------------------------------------- TRL's
+
+
+def time_trl(shape, pairs, batch, device, folder, precision, whole_update, options):
+    """Seconds of all updates but the first of TRL's trainer."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from torch.utils.data import SequentialSampler
@@ -42,127 +114,131 @@ def step_times_of_trl(prompts, shape, precision, count, seed, **options):
         def _get_train_sampler(self, *args, **kwargs):
             return SequentialSampler(self.train_dataset)  # in our order
 
-    class Clock(TrainerCallback):
-        times = []
-
-        def on_step_begin(self, *args, **kwargs):
-            self.began = time.perf_counter()
+    class Callback(TrainerCallback):
+        clock = Clock()
 
         def on_step_end(self, *args, **kwargs):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.times.append(time.perf_counter() - self.began)
+            self.clock.note()
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a"
     )
-    data = Dataset.from_list(
-        [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in make_pairs(prompts, count, seed)]
+    trainer = GivenIds(
+        model=make_model(shape, device=device),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]),
+        callbacks=[Callback()],
+        args=DPOConfig(
+            output_dir=folder,
+            loss_type="ipo",
+            beta=0.1,
+            precompute_ref_log_probs=True,
+            max_steps=len(pairs) // batch,
+            per_device_train_batch_size=batch if whole_update else 1,
+            gradient_accumulation_steps=1 if whole_update else batch,
+            max_length=None,
+            report_to=[],
+            save_strategy="no",
+            bf16=precision == "bf16",
+            use_cpu=device == "cpu",
+            gradient_checkpointing=False,
+            optim="adamw_torch_fused",
+            max_grad_norm=0.0,
+            disable_tqdm=True,
+            logging_strategy="no",
+            seed=0,
+            **options,
+        ),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = GivenIds(
-            model=make_model(shape),
-            processing_class=tokenizer,
-            train_dataset=data,
-            callbacks=[Clock()],
-            args=DPOConfig(
-                output_dir=folder,
-                loss_type="ipo",
-                beta=0.1,
-                precompute_ref_log_probs=True,
-                max_steps=count,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=1,
-                max_length=None,
-                report_to=[],
-                save_strategy="no",
-                bf16=precision == "bf16",
-                use_cpu=not torch.cuda.is_available(),
-                gradient_checkpointing=False,
-                optim="adamw_torch_fused",
-                max_grad_norm=0.0,
-                disable_tqdm=True,
-                logging_strategy="no",
-                seed=seed,
-                **options,
-            ),
-        )
-        trainer.train()
-    print("times", json.dumps(Clock.times[1:]))
+    trainer.train()
+    return Callback.clock.seconds()
 
 
-def our_step_times(prompts, shape, precision, count, seed):
-    from losses import ipo_loss
-    from training.logps import install_head, response_logps
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = install_head(make_model(shape).to(device))
-    context = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    zero = torch.zeros(1, device=device)
-
-    def step(prompt, chosen, rejected):
-        with context():
-            logps = response_logps(model, [(prompt, [chosen, rejected])], device)
-        ipo_loss(logps[:1], logps[1:], zero, zero, 0.1).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    times = [seconds(lambda: step(*pair), device) for pair in make_pairs(prompts, count, seed)]
-    print("times", json.dumps(times[1:]))
+# ---------------------------------------------------------------------------------------------- both
 
 
-def main(prompts: str, shape: str = "44M", precision: str = "bf16", count: int = 16, seed: int = 0, run: str = ""):
-    """Measure and append to RESULTS.md."""
+def measure(shape, precision, updates, batch, device, prompts=""):
+    """{way: (tokens, seconds)} of all updates but the first; None in place of seconds where a way failed.
+
+    Raises StageError where TRL is not installed."""
+    if not installed():
+        raise StageError("TRL is not installed; see benchmarks/against_trl.py for the command")
+    tokens = sum(len(part) for pair in some_pairs(shape, updates, batch, prompts)[batch:] for part in pair)
+    possible = [way for way, (whole, _) in WAYS.items() if batch > 1 or not whole]
+    ways = ["ours", *(way for way in possible if device == "cuda" or not WAYS[way][1])]
+    arguments = {"shape": shape, "precision": precision, "updates": updates, "batch": batch, "device": device}
+    return {way: (tokens, in_a_process(way, arguments | ({"prompts": prompts} if prompts else {}))) for way in ways}
+
+
+def some_pairs(shape, updates, batch, prompts):
+    longest = 24 if shape == "tiny" else 1024
+    vocabulary = make_config(shape).vocab_size
+    return make_pairs(prompts, updates * batch, longest=longest, vocabulary=min(vocabulary, 151_000))
+
+
+def in_a_process(way, arguments):
+    """Seconds, or None where it failed. Ours is launched as comal.sh does."""
+    command = [sys.executable]
+    if way == "ours" and arguments["device"] == "cuda":
+        launcher = "-m accelerate.commands.launch --config_file fsdp_config.yaml --num_processes 1 --mixed_precision"
+        command += [*launcher.split(), "no" if arguments["precision"] == "float32" else "bf16"]
+    command += [str(Path(__file__).resolve()), "--run", way]
+    command += [f"--{name}={value}" for name, value in arguments.items()]
+    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if way == "ours" and arguments["precision"] == "bf16" else {}
+    with child_environment(HF_HUB_OFFLINE="1", **precision):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    found = [line for line in done.stdout.splitlines() if line.startswith("seconds ")]
+    return float(found[0].split()[1]) if found else None
+
+
+def main(
+    prompts: str = "",
+    shape: str = "44M",
+    precision: str = "bf16",
+    updates: int = 5,
+    batch: int = 1,
+    device: str = "cpu",
+    run: str = "",
+):
+    """Measure and append to RESULTS.md.
+
+    Args:
+        prompts: a file whose prompts' lengths are taken; without it they are drawn as UltraFeedback's are distributed
+        precision: bf16 or float32
+        updates: of each way; the first is not timed
+        batch: pairs an update
+        device: cpu or cuda
+        run: (the script's own) one way, in this process
+    """
     if run:
-        return (our_step_times if run == "ours" else step_times_of_trl)(
-            prompts, shape, precision, count, seed, **WAYS[run]
-        )
-    folder = ROOT / "exps" / "trl"
-    if not (folder / "trl").exists():
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), TRL], check=True
-        )
-    ways = list(WAYS) if torch.cuda.is_available() else ["ours", "TRL"]  # padding-free wants FlashAttention
-    found = {way: step_times(way, folder, prompts, shape, precision, count, seed) for way in ways}
-    best = min(ways[1:], key=lambda way: sum(found[way]))
+        pairs = some_pairs(shape, updates, batch, prompts)
+        with tempfile.TemporaryDirectory() as folder:
+            if run == "ours":
+                taken = time_ours(shape, pairs, batch, device, folder)
+            else:
+                taken = time_trl(shape, pairs, batch, device, folder, precision, *WAYS[run])
+        print("seconds", taken)
+        return
+    found = measure(shape, precision, updates, batch, device, prompts)
+    fastest = min((way for way in list(found)[1:] if found[way][1]), key=lambda way: found[way][1])
+    rows = [
+        f"| {way} | {taken:.2f} | {tokens / taken:,.0f} |" if taken else f"| {way} | failed | |"
+        for way, (tokens, taken) in found.items()
+    ]
+    tokens, ours = found["ours"]
     record(
-        f"Training steps against {TRL}, Qwen2 {shape}, {precision}",
+        f"The trainer against TRL's, Qwen2 {shape}, {precision}",
         [
-            f"| {count - 1} steps of one pair | seconds | median of a step |",
-            "|---|---|---|",
-            *(f"| {way} | {sum(found[way]):.2f} | {statistics.median(found[way]):.3f} |" for way in ways),
+            f"{updates - 1} updates of {batch} pairs: {tokens:,} tokens with each prompt once; TRL {version('trl')}.",
             "",
-            f"x{sum(found[best]) / sum(found['ours']):.2f} against {best}.",
+            "| way | seconds | tokens/s |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"x{found[fastest][1] / ours:.2f} against {fastest}." if ours else "Ours failed.",
         ],
+        packages=("torch", "transformers", "accelerate"),
     )
-
-
-def step_times(way, folder, prompts, shape, precision, count, seed):
-    environment = os.environ | {"PYTHONPATH": "" if way == "ours" else str(folder), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            Path(__file__).resolve(),
-            "--prompts",
-            prompts,
-            "--shape",
-            shape,
-            "--precision",
-            precision,
-            "--count",
-            str(count),
-            "--seed",
-            str(seed),
-            "--run",
-            way,
-        ],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("times"))[6:])
 
 
 if __name__ == "__main__":

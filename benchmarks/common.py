@@ -9,6 +9,7 @@ import shlex
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from queue import Empty
@@ -19,31 +20,44 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from utils import StageError  # noqa: E402
+
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
-# Shapes of Qwen2 with its vocabulary of 151,936: hidden, intermediate, layers, heads, key-value heads.
-SHAPES = {"44M": (256, 1024, 4, 4, 2), "120M": (512, 2048, 10, 8, 2), "1.5B": (1536, 8960, 28, 12, 2)}
+# Shapes of Qwen2: hidden, intermediate, layers, heads, key-value heads, vocabulary. "tiny" is for trying a benchmark.
+SHAPES = {
+    "tiny": (64, 128, 2, 2, 1, 1000),
+    "44M": (256, 1024, 4, 4, 2, 151_936),
+    "120M": (512, 2048, 10, 8, 2, 151_936),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
+}
 
 
-def make_model(shape, seed=0):
-    """A Qwen2 of this shape with random float32 weights."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+def make_config(shape):
+    """The configuration of a Qwen2 of this shape."""
+    from transformers import Qwen2Config
 
-    hidden, intermediate, layers, heads, key_value_heads = SHAPES[shape]
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(
-        Qwen2Config(
-            vocab_size=151_936,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            tie_word_embeddings=True,
-            max_position_embeddings=32_768,
-        ),
-        dtype=torch.float32,
+    hidden, intermediate, layers, heads, key_value_heads, vocabulary = SHAPES[shape]
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        tie_word_embeddings=True,
+        max_position_embeddings=32_768,
+        architectures=["Qwen2ForCausalLM"],
     )
+
+
+def make_model(shape, seed=0, device="cpu"):
+    """A Qwen2 of this shape with random float32 weights, made on the device."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(make_config(shape), dtype=torch.float32)
 
 
 def random_model(source, hidden, layers, folder):
@@ -66,8 +80,36 @@ def random_model(source, hidden, layers, folder):
     return folder
 
 
+def write_chat_tokenizer(folder, texts=()):
+    """The demo's kind of tokenizer, 664 tokens of ChatML learnt from a few texts: for models made on the spot."""
+    sys.path.append(str(ROOT / "data" / "demo"))
+    from game import ANSWERS, CHATML, write_tokenizer
+
+    write_tokenizer(folder, [*ANSWERS, *texts], ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), CHATML)
+
+
+# Of the variables that accelerate's launcher sets for its own processes, and that others should not see.
+LAUNCHER = "RANK", "WORLD_SIZE", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"
+
+
+@contextmanager
+def child_environment(**more):
+    """The environment that processes get which are started in this block: without the launcher's variables, with
+    these."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(LAUNCHER):
+            del os.environ[name]
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def in_its_own_process(function, *arguments):
-    """What the function puts into a queue, its first argument; a dead process ends this one too."""
+    """What the function puts into a queue, its first argument. Raises StageError where the process dies."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=function, args=(queue, *arguments))
@@ -78,7 +120,7 @@ def in_its_own_process(function, *arguments):
             break
         except Empty:
             if process.exitcode is not None:
-                sys.exit(f"{function.__name__}{arguments} ended with exit code {process.exitcode}")
+                raise StageError(f"{function.__name__} ended with exit code {process.exitcode}, see above") from None
     process.join()
     return found
 
@@ -88,22 +130,33 @@ def read_prompt_texts(path):
         return [json.loads(line)["prompt"] for line in file]
 
 
-def make_pairs(prompts, count, seed=0, longest=1024, sequence=0):
-    """[(prompt ids, chosen ids, rejected ids)] of random tokens. Prompts take a token for four characters and 20 for
-    the chat template; responses are log-normal around 256 tokens (standard deviation 0.6 of the logarithm), at most
-    `longest`. With `sequence` both sequences of a pair, prompt and response, have just that many tokens."""
+def make_pairs(prompts, count, seed=0, longest=1024, sequence=0, vocabulary=151_000):
+    """[(prompt ids, chosen ids, rejected ids)] of random tokens.
+
+    Prompts take a token for four characters of the file `prompts` and 20 for the chat template; without a file they are
+    log-normal around 150 tokens (standard deviation 0.8 of the logarithm), as UltraFeedback's are. Responses are
+    log-normal around 256 tokens (0.6). None is longer than `longest`. With `sequence` both sequences of a pair, prompt
+    and response, have just that many tokens."""
     generator = np.random.default_rng(seed)
-    texts = read_prompt_texts(prompts)
-    chosen = generator.choice(len(texts), count, replace=False)
-    ids = lambda length: generator.integers(0, 151_000, length).tolist()  # noqa: E731
+    if prompts:
+        texts = read_prompt_texts(prompts)
+        asked = [20 + len(texts[i]) // 4 for i in generator.choice(len(texts), count, replace=False)]
+    else:
+        asked = np.exp(generator.normal(np.log(150), 0.8, count)).astype(int) + 1
+    ids = lambda length: generator.integers(0, vocabulary, length).tolist()  # noqa: E731
     lengths = np.minimum(np.exp(generator.normal(np.log(256), 0.6, (count, 2))).astype(int) + 1, longest)
     pairs = []
-    for i, (first, second) in zip(chosen, lengths):
-        prompt = ids(20 + min(len(texts[i]) // 4, longest))
+    for length, (first, second) in zip(asked, lengths):
+        prompt = ids(min(length, longest))
         if sequence:
             first = second = sequence - len(prompt)
         pairs.append((prompt, ids(first), ids(second)))
     return pairs
+
+
+def as_rows(pairs):
+    """Pairs as training.logps.response_logps takes them."""
+    return [(prompt, [chosen, rejected]) for prompt, chosen, rejected in pairs]
 
 
 class PeakMemory:
@@ -157,21 +210,44 @@ def seconds(function, device):
     return time.perf_counter() - began
 
 
-def matrix_rate(device, dtype):
+def matrix_rate(device, dtype, size=0):
     """FLOP/s of a large matrix product, the best of five: the rate that floors are computed with."""
-    size = 8192 if torch.device(device).type == "cuda" else 2048
+    size = size or (8192 if torch.device(device).type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right
     return 2 * size**3 / min(seconds(lambda: left @ right, device) for _ in range(5))
 
 
-def forward_flops(model, tokens, response_tokens):
-    """Of the matrix products of one forward pass, attention left out: 2 a weight and token, the output layer on
-    `response_tokens` alone."""
-    config = model.config
-    head = config.hidden_size * config.vocab_size
-    weights = sum(parameter.numel() for parameter in model.parameters()) - head
-    return 2 * (weights * tokens + head * response_tokens)
+def forward_flops(config, rows):
+    """FLOPs of the matrix products of one forward pass over rows [(prompt ids, [response ids, ...]), ...], each prompt
+    computed once; a backward pass takes twice as many.
+
+    A layer has the matrices q and o (hidden x heads * dimension), k and v (hidden x key-value heads * dimension) and
+    three of hidden x intermediate; each takes 2 FLOPs a weight and token. So does the output layer (hidden x
+    vocabulary), on the positions that predict a response token alone. Attention comes on top, see `attention_flops`.
+
+    Args:
+        config: of the model, as transformers has it
+    """
+    dimension = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer = 2 * config.hidden_size * dimension * (config.num_attention_heads + config.num_key_value_heads)
+    layer += 3 * config.hidden_size * config.intermediate_size
+    predicted = sum(len(response) for _, responses in rows for response in responses)
+    tokens = predicted + sum(len(prompt) for prompt, _ in rows)
+    products = config.num_hidden_layers * layer * tokens + config.hidden_size * config.vocab_size * predicted
+    return 2 * products + attention_flops(config, rows)
+
+
+def attention_flops(config, rows):
+    """FLOPs of attention in one forward pass: 4 x heads x dimension a layer, 2 for each of its two products, for each
+    query and each key that it sees: P (P + 1) / 2 in a prompt of P tokens, R P + R (R + 1) / 2 in a response of R."""
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or 0) or config.hidden_size
+    seen = 0
+    for prompt, responses in rows:
+        before = len(prompt)
+        seen += before * (before + 1) // 2
+        seen += sum(len(one) * before + len(one) * (len(one) + 1) // 2 for one in responses)
+    return 4 * width * config.num_hidden_layers * seen
 
 
 def machine():
@@ -182,14 +258,19 @@ def machine():
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def record(title, lines, packages=("torch", "transformers")):
-    """Print the lines and append them to RESULTS.md with date, machine, versions and command."""
+def versions(packages):
+    """Of the packages that are installed, as text; vLLM's build for the CPU has a name of its own."""
     from importlib.metadata import distributions
 
     installed = {found.metadata["Name"].removesuffix("-cpu"): found.version for found in distributions()}
+    return ", ".join(f"{name} {installed[name]}" for name in packages if name in installed)
+
+
+def record(title, lines, packages=("torch", "transformers")):
+    """Print the lines and append them to RESULTS.md with date, machine, versions and command."""
     command = "python " + shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
-    versions = ", ".join(f"{name} {installed[name]}" for name in packages)
-    text = f"\n## {title}\n\n{date.today()}, {machine()}; {versions}\n\n    {command}\n\n" + "\n".join(lines) + "\n"
+    about = f"{date.today()}, {machine()}; {versions(packages)}"
+    text = f"\n## {title}\n\n{about}\n\n    {command}\n\n" + "\n".join(lines) + "\n"
     print(text)
     with open(RESULTS, "a", encoding="utf-8") as file:
         file.write(text)

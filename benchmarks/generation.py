@@ -118,17 +118,20 @@ def main(
 
 
 def floor_seconds(folder, records, samples):
+    """Seconds of the matrix products alone, each prompt read once."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from data_utils import encode_prompt
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    decoded = sum(map(len, samples.values()))
-    read = sum(len(encode_prompt(tokenizer, one["prompt"])) for one in records)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [
+        (encode_prompt(tokenizer, one["prompt"]), [ids for key, ids in samples.items() if key[0] == one["prompt_id"]])
+        for one in records
+    ]
     on_gpu = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
     rate = matrix_rate("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)
-    return forward_flops(model, read + decoded, decoded) / rate
+    return forward_flops(AutoConfig.from_pretrained(folder), rows) / rate
 
 
 if __name__ == "__main__":

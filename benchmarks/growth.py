@@ -36,106 +36,26 @@ SWEEPS = {  # (prompts, K, max_new_tokens) of three sizes; the smallest of all t
 START = (4, 2, 8)
 
 
-def stage_commands(policy, judge, folder, num_samples, max_new_tokens):
-    """[(name, arguments)] of one iteration, each reading what the one before wrote."""
-    lengths = ["--max_length", "2048"]
-    return [
-        (
-            "sampling",
-            [
-                "sampling.py",
-                "--model",
-                policy,
-                "--input",
-                f"{folder}/prompts.jsonl",
-                "--output",
-                f"{folder}/samples.jsonl",
-                "--num_samples",
-                num_samples,
-                "--max_prompt_tokens",
-                "1024",
-                "--max_new_tokens",
-                max_new_tokens,
-            ],
-        ),
-        (
-            "scoring",
-            [
-                "scoring.py",
-                "--judge",
-                judge,
-                "--input",
-                f"{folder}/samples.jsonl",
-                "--output",
-                f"{folder}/scores.jsonl",
-            ],
-        ),
-        (
-            "pairs",
-            [
-                "data_processing.py",
-                "make_pairs",
-                "--input",
-                f"{folder}/scores.jsonl",
-                "--output",
-                f"{folder}/pairs.jsonl",
-                *lengths,
-            ],
-        ),
-        (
-            "log-probabilities",
-            [
-                "get_logprobs.py",
-                "--model",
-                policy,
-                "--reference",
-                policy,
-                "--input",
-                f"{folder}/pairs.jsonl",
-                "--output",
-                f"{folder}/data.jsonl",
-                "--micro_batch_tokens",
-                "4096",
-                *lengths,
-            ],
-        ),
-        (
-            "training",
-            [
-                "inpo.py",
-                "--model",
-                policy,
-                "--input",
-                f"{folder}/data.jsonl",
-                "--output",
-                f"{folder}/ckpt",
-                "--eta",
-                "0.002",
-                "--tau_eta_ratio",
-                "0.333",
-                "--num_epochs",
-                "1",
-                "--select",
-                "last",
-                "--save_minutes",
-                "0",
-                "--report_to",
-                "none",
-                "--micro_batch_tokens",
-                "4096",
-                *lengths,
-            ],
-        ),
-    ]
+# Of one iteration; each stage reads what the one before wrote.
+COMMANDS = {
+    "sampling": "sampling.py --model {policy} --input {folder}/prompts.jsonl --output {folder}/samples.jsonl "
+    "--num_samples {num_samples} --max_prompt_tokens 1024 --max_new_tokens {max_new_tokens}",
+    "scoring": "scoring.py --judge {judge} --input {folder}/samples.jsonl --output {folder}/scores.jsonl",
+    "pairs": "data_processing.py make_pairs --input {folder}/scores.jsonl --output {folder}/pairs.jsonl "
+    "--max_length 2048",
+    "log-probabilities": "get_logprobs.py --model {policy} --reference {policy} --input {folder}/pairs.jsonl "
+    "--output {folder}/data.jsonl --micro_batch_tokens 4096 --max_length 2048",
+    "training": "inpo.py --model {policy} --input {folder}/data.jsonl --output {folder}/ckpt --eta 0.002 "
+    "--tau_eta_ratio 0.333 --num_epochs 1 --select last --save_minutes 0 --report_to none --micro_batch_tokens 4096 "
+    "--max_length 2048",
+}
 
 
 def run_stage(arguments):
     """(seconds, peak MiB of the largest process)."""
     began = time.perf_counter()
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             output.seek(0)
@@ -149,9 +69,9 @@ def measure(texts, policy, judge, size):
     with tempfile.TemporaryDirectory() as folder:
         lines = (json.dumps({"prompt": text}) + "\n" for text in texts[:count])
         Path(folder, "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+        values = dict(policy=policy, judge=judge, folder=folder, num_samples=num_samples, max_new_tokens=max_new_tokens)
         found = {
-            name: run_stage(arguments)
-            for name, arguments in stage_commands(policy, judge, folder, num_samples, max_new_tokens)
+            name: run_stage([word.format(**values) for word in command.split()]) for name, command in COMMANDS.items()
         }
         mean = statistics.mean(
             len(sample["token_ids"]) for one in read(f"{folder}/samples.jsonl", Samples) for sample in one["samples"]

@@ -23,30 +23,10 @@ from common import ROOT, record
 from utils import run
 
 
-def main(iterations: int = 3, engine: str = "local", name: str = "benchmark-loop"):
-    """Measure and append to RESULTS.md. exps/demo-models is made first where it is missing."""
-    exp, settings = (
-        ROOT / "exps" / name,
-        {
-            "PYTHON": sys.executable,
-            "RECIPE": "demo",
-            "NAME": name,
-            "ROUNDS": "1",
-            "SPLITS": str(iterations),
-            "EVAL_EVERY": "1",
-            "UPDATE_INTERVAL": "0",
-            "ENGINE": engine,
-        },
-    )
-    subprocess.run(
-        ["bash", "data/demo/build.sh", "exps/demo-models"],
-        cwd=ROOT,
-        check=True,
-        env=os.environ | {"PYTHON": sys.executable},
-        stdout=subprocess.DEVNULL,
-    )
+def run_loop(exp, settings):
+    """Seconds until the first stage of comal.sh; ends this process too where the loop fails."""
     shutil.rmtree(exp, ignore_errors=True)
-    began = time.perf_counter()
+    began, first = time.perf_counter(), None
     loop = subprocess.Popen(
         ["bash", "comal.sh"],
         cwd=ROOT,
@@ -55,34 +35,55 @@ def main(iterations: int = 3, engine: str = "local", name: str = "benchmark-loop
         stderr=subprocess.STDOUT,
         text=True,
     )
-    first = None
     for line in loop.stdout:
         if first is None and line.startswith("==="):
             first = time.perf_counter() - began
     if loop.wait():
         sys.exit(f"comal.sh ended with exit code {loop.returncode}; see {exp}")
-    lines = ["| iteration | seconds | model loads | seconds by stage |", "|---|---|---|---|"]
-    for number in range(iterations):
-        logs = exp / f"iter{number}/logs"
-        times = {entry["stage"]: entry["seconds"] for entry in map(json.loads, open(logs / "times.jsonl"))}
-        loads = {
-            path.stem: len(re.findall(r" \d+ (?:workers?|actors?) on | loading ", path.read_text()))
-            for path in logs.glob("*.log")
-        }
-        after = [stage for stage in ("responses", "evaluation", "matrix") if stage in times]
-        own = {stage: seconds for stage, seconds in times.items() if stage not in after}
-        lines.append(
-            f"| {number} | {sum(own.values())} | {sum(loads.get(stage, 0) for stage in own)} | "
-            f"{', '.join(f'{stage} {seconds}' for stage, seconds in own.items())} |"
-        )
-        if after:
-            lines.append(
-                f"| after the last | {sum(times[stage] for stage in after)} | {sum(loads.get(s, 0) for s in after)} | "
-                f"{', '.join(f'{stage} {times[stage]}' for stage in after)} |"
+    return first
+
+
+def iteration_lines(exp, number):
+    """Lines of the table for one iteration, as the stages' logs tell."""
+    logs = exp / f"iter{number}/logs"
+    times = {entry["stage"]: entry["seconds"] for entry in map(json.loads, open(logs / "times.jsonl"))}
+    loads = {
+        path.stem: len(re.findall(r" \d+ (?:workers?|actors?) on | loading ", path.read_text()))
+        for path in logs.glob("*.log")
+    }
+    after = [stage for stage in ("responses", "evaluation", "matrix") if stage in times]
+    for name, stages in ((number, [stage for stage in times if stage not in after]), ("after the last", after)):
+        if stages:
+            seconds, each = (
+                sum(times[stage] for stage in stages),
+                ", ".join(f"{stage} {times[stage]}" for stage in stages),
             )
+            yield f"| {name} | {seconds} | {sum(loads.get(stage, 0) for stage in stages)} | {each} |"
+
+
+def main(iterations: int = 3, engine: str = "local", name: str = "benchmark-loop"):
+    """Measure and append to RESULTS.md. exps/demo-models is made first where it is missing."""
+    exp = ROOT / "exps" / name
+    settings = {"PYTHON": sys.executable, "RECIPE": "demo", "NAME": name, "ROUNDS": "1", "SPLITS": str(iterations)}
+    settings |= {"EVAL_EVERY": "1", "UPDATE_INTERVAL": "0", "ENGINE": engine}
+    subprocess.run(
+        ["bash", "data/demo/build.sh", "exps/demo-models"],
+        cwd=ROOT,
+        check=True,
+        env=os.environ | {"PYTHON": sys.executable},
+        stdout=subprocess.DEVNULL,
+    )
+    first = run_loop(exp, settings)
+    lines = [line for number in range(iterations) for line in iteration_lines(exp, number)]
     record(
         f"The loop, engine {engine}",
-        [f"First stage after {first:.2f} s.", "", *lines],
+        [
+            f"First stage after {first:.2f} s.",
+            "",
+            "| iteration | seconds | model loads | seconds by stage |",
+            "|---|---|---|---|",
+            *lines,
+        ],
         packages=("torch", "transformers", "vllm"),
     )
     shutil.rmtree(exp)

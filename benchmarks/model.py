@@ -1,19 +1,16 @@
 """Log-probabilities and training steps: the project's path against the plain one, on the same pairs in the same
 process.
 
-    python benchmarks/model.py --prompts FILE [--shape 44M] [--precision bf16] [--count 24]
-    python benchmarks/model.py --prompts FILE --shape 1.5B --count 64 [--gradient_checkpointing]     on a GPU
-    python benchmarks/model.py --prompts FILE --shape 1.5B --count 1 --sequence 4096                one pair of 2 x 4,096
+    python benchmarks/model.py [--prompts FILE] [--shape 44M] [--precision bf16] [--count 24]
+    python benchmarks/model.py --shape 120M --count 1 --sequence 4096                one pair of 2 x 4,096
+
+On a GPU, take gpu.sh, which measures this and more.
 
 The plain way is what one writes first: chosen and rejected in rows of their own, padded; the logits of all positions in
 float32, log-softmax, gather. Log-probabilities in batches of 4 pairs, training one pair a step.
 
-Goals. CPU, bf16: log-probabilities 2.5 times as fast with 1/20 of the extra memory; a training step (optimiser
-included)
-1.9 times as fast with 1/3. In float32 log-probabilities within 1e-3 nats, gradients within 1e-5. One H200, shape 1.5B,
-bf16: 60 % of the card's measured matrix rate for log-probabilities and 45 % for training (the extra forward pass of
-gradient checkpointing not counted as work); one pair of 2 x 4,096 tokens trains in under 40 GB in all, so in under 15
-GB beyond the model and its optimiser's state.
+Goals on a CPU, bf16: log-probabilities 2.5 times as fast with 1/20 of the extra memory; a training step (optimiser
+included) 1.9 times as fast with 1/3. In float32 log-probabilities within 1e-3 nats, gradients within 1e-5.
 """
 
 import contextlib
@@ -21,7 +18,7 @@ import math
 import statistics
 
 import torch
-from common import PeakMemory, forward_flops, make_model, make_pairs, matrix_rate, record, seconds
+from common import PeakMemory, as_rows, forward_flops, make_model, make_pairs, matrix_rate, record, seconds
 
 from training import logps
 from training.logps import install_head, response_logps
@@ -31,35 +28,23 @@ from utils import run
 
 def plain_logps(model, pairs, device):
     """(2B,) summed log-probabilities, chosen first."""
-    sequences = [
-        (prompt, response) for side in (1, 2) for prompt, response in ((pair[0], pair[side]) for pair in pairs)
-    ]
+    sequences = [(pair[0], pair[side]) for side in (1, 2) for pair in pairs]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.tensor(
-        [prompt + response + [0] * (length - len(prompt) - len(response)) for prompt, response in sequences],
-        device=device,
-    )
-    mask = torch.tensor(
-        [
-            [0] * len(prompt) + [1] * len(response) + [0] * (length - len(prompt) - len(response))
-            for prompt, response in sequences
-        ],
-        device=device,
-    )
-    attention = torch.tensor(
-        [
-            [1] * (len(prompt) + len(response)) + [0] * (length - len(prompt) - len(response))
-            for prompt, response in sequences
-        ],
-        device=device,
-    )
+    ids, responses, attention = [], [], []
+    for prompt, response in sequences:
+        padding = length - len(prompt) - len(response)
+        ids.append(prompt + response + [0] * padding)
+        responses.append([0] * len(prompt) + [1] * len(response) + [0] * padding)
+        attention.append([1] * (length - padding) + [0] * padding)
+    ids, responses, attention = (torch.tensor(rows, device=device) for rows in (ids, responses, attention))
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits.float()
     token_logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    return (token_logps * mask[:, 1:]).sum(1)
+    return (token_logps * responses[:, 1:]).sum(1)
 
 
 def our_logps(model, pairs, device):
-    return response_logps(model, [(prompt, [chosen, rejected]) for prompt, chosen, rejected in pairs], device)
+    """The same."""
+    return response_logps(model, as_rows(pairs), device)
 
 
 def loss_of(logps):
@@ -92,7 +77,7 @@ def compare_logps(model, pairs, device, context, repeats, tokens):
     }
 
 
-def compare_training(model, pairs, device, context, repeats, tokens):
+def compare_training(model, pairs, device, context, repeats):
     """The same of training steps of one pair each, with the largest relative difference of a gradient.
 
     The optimiser's state is there before; the gradients count as extra memory."""
@@ -144,7 +129,7 @@ def measure(ways, device, repeats):
 
 
 def main(
-    prompts: str,
+    prompts: str = "",
     shape: str = "44M",
     precision: str = "bf16",
     count: int = 24,
@@ -160,6 +145,8 @@ def main(
     """Measure and append to RESULTS.md.
 
     Args:
+        prompts: a file whose prompts' lengths are taken; without it they are drawn as UltraFeedback's are distributed
+        sequence: tokens of each prompt with its response; 0: lengths as they occur
         micro_batch_tokens: of our log-probabilities, as the stage's flag
         rows: positions of a block at the output layer; 0: as many as suit the device
         tile: vocabulary entries of a block; likewise
@@ -173,32 +160,39 @@ def main(
     model = install_head(make_model(shape).to(device))
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokens, responses = sum(len(p) + len(c) + len(r) for p, c, r in pairs), sum(len(c) + len(r) for _, c, r in pairs)
     rate = matrix_rate(device, dtype)
-    floor = forward_flops(model, tokens, responses) / rate
+    floor = forward_flops(model.config, as_rows(pairs)) / rate
     lines = [
-        f"{count} pairs: {tokens:,} tokens with each prompt once, {responses:,} of responses; prompts' median "
-        f"{statistics.median(len(p) for p, _, _ in pairs):.0f}, responses' "
-        f"{statistics.median(len(r) for pair in pairs for r in pair[1:]):.0f}. Matrix product "
-        f"({precision}): {rate / 1e12:.2f} TFLOP/s.",
+        describe(pairs) + f" Matrix product ({precision}): {rate / 1e12:.2f} TFLOP/s.",
         "",
         "| stage | plain | ours | faster | plain's extra MiB | ours | less | floor | of it reached | difference |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    model.eval()
-    jobs = [("log-probabilities", compare_logps, 1, "nats"), ("training step", compare_training, 3, "relative")]
-    for name, compare, passes, unit in jobs:
-        if passes == 3:
-            model.train()
-        found = compare(model, pairs, device, context, repeats, micro_batch_tokens)
-        (plain, plain_mib), (ours, our_mib) = found["plain"], found["ours"]
-        lines.append(
-            f"| {name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
-            f"1/{plain_mib / max(our_mib, 1):.1f} | {passes * floor:.2f} s | {100 * passes * floor / ours:.0f} % | "
-            f"{found['difference']:.1e} {unit} |"
-        )
+    found = compare_logps(model.eval(), pairs, device, context, repeats, micro_batch_tokens)
+    lines.append(table_line("log-probabilities", found, floor, "nats"))
+    found = compare_training(model.train(), pairs, device, context, repeats)
+    lines.append(table_line("training step", found, 3 * floor, "relative"))
     checkpointing = ", gradient checkpointing" * gradient_checkpointing
     record(f"Log-probabilities and training, Qwen2 {shape}, {precision}{checkpointing}", lines)
+
+
+def describe(pairs):
+    tokens, responses = sum(len(p) + len(c) + len(r) for p, c, r in pairs), sum(len(c) + len(r) for _, c, r in pairs)
+    return (
+        f"{len(pairs)} pairs: {tokens:,} tokens with each prompt once, {responses:,} of responses; prompts' median "
+        f"{statistics.median(len(p) for p, _, _ in pairs):.0f}, responses' "
+        f"{statistics.median(len(r) for pair in pairs for r in pair[1:]):.0f}."
+    )
+
+
+def table_line(name, found, floor, unit):
+    """Of what `measure` found; the floor is that of the matrix products, in seconds."""
+    (plain, plain_mib), (ours, our_mib) = found["plain"], found["ours"]
+    return (
+        f"| {name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
+        f"1/{plain_mib / max(our_mib, 1):.1f} | {floor:.2f} s | {100 * floor / ours:.0f} % | "
+        f"{found['difference']:.1e} {unit} |"
+    )
 
 
 if __name__ == "__main__":
