@@ -80,7 +80,7 @@ def time_ours(shape, pairs, batch, device, folder):
         select="last",
         num_epochs=1,
         global_batch_size=batch,
-        save_steps=0,
+        save_minutes=0,
         shuffle=False,
         start_tolerance=1e9,  # the stored log-probabilities are no model's
         report_to="none",
