@@ -135,7 +135,7 @@ def test_cost_and_plan_count_the_same_bytes(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "current", lambda: values)
     monkeypatch.setattr(experiment, "input_files", lambda: [prompts, prompts])
     assert cost.work(cost.JUDGE)["record bytes"] == experiment.record_bytes()
-    monkeypatch.setenv("SAVE_STEPS", "200")
+    monkeypatch.setenv("SAVE_MINUTES", "10")
     kept, best = 2, 1  # KEEP_CKPTS=last
     assert kept + best + experiment.resume_size(1) == 9
     size = f"{9 * cost.POLICIES[1].checkpoint / 1e12:.2f} TB"
