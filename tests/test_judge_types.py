@@ -216,7 +216,7 @@ def test_probabilities_and_rewards_of_bfloat16_judges_have_no_steps(demo_models,
     """With a bfloat16 output layer a few margins, and so a few values of P, would come again and again."""
     source, output = jsonl("samples.jsonl", *samples(61)), tmp_path / "scores.jsonl"
     judges = f"{demo_models / 'judge'},{reward_models[0]}"
-    score(source, output, "--judge", judges, "--judge_type", "generative,reward", "--dtype", "bfloat16")
+    score(source, output, judge=judges, judge_type="generative,reward", dtype="bfloat16")
     found = list(read(output, Record))[:60]
     for values in (
         [one["panel"][0]["win_probs"][i][j] for one in found for i, j in ((0, 1), (0, 2), (1, 2))],

@@ -33,7 +33,7 @@ def furthest_off(config, difference: Tensor, rows: list, accelerator) -> Tensor:
     if config.start_tolerance:
         allowed = torch.full_like(tokens, config.start_tolerance)
     found = torch.stack([difference.abs() / allowed, difference.abs(), tokens], dim=1)  # (R * B, 3)
-    return found[found[:, 0].argmax()]
+    return found.index_select(0, found[:, 0].argmax()[None])[0]  # an index would be read by the program
 
 
 def check_start(config, off: list[float], normalised_loss: float) -> None:
