@@ -4,7 +4,8 @@
 
 Policy and judge are the same random model with a tokenizer made on the spot; a random policy hardly ever ends, so that
 all samples have the greatest length. A start is the time from a new process to the first record. Compiled code is
-cached in a folder of this run's own: the first start finds it empty.
+cached in a folder of this run's own: the first start finds it empty. On a CPU nothing is compiled, and one start is
+measured.
 """
 
 import tempfile
@@ -58,7 +59,7 @@ def started(queue, kind, config, records, num_samples, began):
 def measure(shape, device):
     """Yields (what, figure)."""
     count, num_samples, tokens = SIZES[shape]
-    gpus = "auto" if device == "cuda" else "none"
+    gpus, starts = ("auto", ["first start", "second start"]) if device == "cuda" else ("none", ["start"])
     with tempfile.TemporaryDirectory() as folder:
         prompts = make_model_folder(folder, shape, device)
         records = [{"prompt_id": str(i), "prompt": prompts[i % len(prompts)]} for i in range(count + 1)]
@@ -66,11 +67,11 @@ def measure(shape, device):
         judge = JudgeConfig(judge=folder, gpus=gpus, max_prompt_tokens=4096)
         environment = {"VLLM_CACHE_ROOT": f"{folder}/cache"} | sampler.environments()[0]
         for kind, config in (("sampling", sampler), ("judging", judge)):
-            for which in ("first", "second"):
-                given = records[:2] if which == "first" else records
+            for which in starts:
+                given = records if which == starts[-1] else records[:2]
                 with child_environment(**environment):
                     start, taken, results = in_its_own_process(started, kind, config, given, num_samples, time.time())
-                yield f"{kind}, {which} start", f"{start:.1f} s"
+                yield f"{kind}, {which}", f"{start:.1f} s"
             if kind == "sampling":
                 made = sum(len(sample["token_ids"]) for one in results for sample in one["samples"])
                 yield f"sampling, {count} prompts x {num_samples}", f"{made / taken:,.0f} tokens/s"

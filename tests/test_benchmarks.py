@@ -268,5 +268,5 @@ def test_gpu_measures_under_fsdp(tmp_path):
 def test_gpu_starts_engines_and_simulations(tmp_path, monkeypatch):
     code, rows = gpu_table(tmp_path, monkeypatch, "vllm,memory")
     assert code == 0 and not [row for row in rows if "failed" in row[2]]
-    assert {row[1] for row in rows} >= {"sampling, second start", "judging, second start", "judging, 3 prompts"}
+    assert {row[1] for row in rows} >= {"sampling, start", "judging, start", "judging, 3 prompts"}
     assert all("simulated" in row[3] for row in rows if row[0] == "memory" and "GiB" in row[2])
