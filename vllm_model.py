@@ -10,7 +10,8 @@ import os
 import threading
 import warnings
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -168,6 +169,15 @@ def load_config(directory: str):
         raise StageError(f"transformers cannot read {directory}/config.json: {first_line(error)}") from None
 
 
+class AtOnce:
+    """A ThreadPoolExecutor without a thread."""
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        done: Future = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
 class EngineWork:
     """Records through one engine, as the work of a worker process (workers/worker.py).
 
@@ -175,8 +185,9 @@ class EngineWork:
         requests(job, record)    the requests of a record, [(token ids, vLLM's parameters)], or why it is skipped, text
         read(record, outputs)    its result, from vLLM's outputs of its requests, in their order
 
-    `requests` runs in a thread of its own: what was begun is encoded while the engine steps. Records that were begun
-    together reach the engine together, and all in their order, however fast the thread is.
+    With a GPU `requests` runs in a thread of its own: what was begun is encoded while the engine steps. Records that were
+    begun together reach the engine together, and all in their order. When they reach it depends on the thread, and with
+    that a result's last digits; on a CPU, where a thread would take the engine's time, they are encoded before the step.
     """
 
     engine: Engine
@@ -189,7 +200,7 @@ class EngineWork:
 
     def __init__(self):
         self.new = []  # (key, task) begun since the last step
-        self.encoder = ThreadPoolExecutor(1, "encoder")
+        self.encoder = ThreadPoolExecutor(1, "encoder") if os.environ.get("CUDA_VISIBLE_DEVICES") else AtOnce()
         self.encoding = deque()  # futures of what was begun together, first come first
         # By key: (record, ids of its requests, {request id: output}), a Skipped, or the exception that it has caused.
         self.begun = {}

@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 from common import in_its_own_process, random_model, record
@@ -28,6 +28,7 @@ from judges.base import JudgeConfig
 from judges.generative import GenerativeJudge
 from judges.reward import RewardJudge
 from utils import run
+from vllm_model import AtOnce
 from workers.scheduler import IN_FLIGHT
 from workers.worker import Worker, run_here
 
@@ -83,15 +84,6 @@ def margins(
     record("Different margins and rewards by the dtype of the output layer", lines, packages=("torch", "vllm"))
 
 
-class Inline:
-    """Encodes in the thread that asks for it, in place of the thread beside it."""
-
-    def submit(self, function, *arguments):
-        done = Future()
-        done.set_result(function(*arguments))
-        return done
-
-
 def drive(worker, chunks):
     """Chunks through a worker, IN_FLIGHT of them at once."""
     for number, chunk in enumerate(chunks):
@@ -138,8 +130,7 @@ def both_ways(queue, config, warm_up, chunks, rounds, device_ms):
         pair = []
         for beside in (False, True):
             work = judge.work()
-            if not beside:
-                work.encoder = Inline()
+            work.encoder = ThreadPoolExecutor(1) if beside else AtOnce()
             if not device_ms:
                 judge.engine.llm.llm_engine.reset_prefix_cache()
             began = time.perf_counter()

@@ -278,7 +278,8 @@ def test_records_share_the_engine_and_end_in_any_order(judge):
     assert work.step() == ["same"] and work.result("same")["order_gap"] is None
 
 
-def test_what_is_begun_is_encoded_while_the_engine_steps_and_reaches_it_whole_and_in_order(judge):
+def test_on_a_gpu_what_is_begun_is_encoded_while_the_engine_steps_and_reaches_it_in_order(judge, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     work, gate, asked = judge.work(), threading.Event(), judge.requests
     work.begin("a", (0, record("a", "x", "y")))
     assert work.step() == [] and len(judge.engine.prompts) == 2  # nothing else to do: it waited for the requests
@@ -290,6 +291,15 @@ def test_what_is_begun_is_encoded_while_the_engine_steps_and_reaches_it_whole_an
     assert [key for _ in range(4) for key in work.step()] == ["c", "b"]  # the last request is answered first
     texts = [judge.tokenizer.decode(prompt) for prompt in judge.engine.prompts[2:]]
     assert ["b|" in text for text in texts] == [True, True, False, False]
+
+
+def test_on_a_cpu_what_is_begun_reaches_the_engine_with_the_next_step(judge):
+    """So that what the engine computes together does not depend on the time that anything takes."""
+    work = judge.work()
+    for count, key in enumerate("abc", 1):
+        work.begin(key, (0, record(key, "x", "y")))
+        work.step()
+        assert len(judge.engine.prompts) == 2 * count
 
 
 def test_an_exception_while_a_record_is_encoded_or_handed_on_is_its_own(judge):
