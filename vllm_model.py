@@ -185,9 +185,9 @@ class EngineWork:
         requests(job, record)    the requests of a record, [(token ids, vLLM's parameters)], or why it is skipped, text
         read(record, outputs)    its result, from vLLM's outputs of its requests, in their order
 
-    With a GPU `requests` runs in a thread of its own: what was begun is encoded while the engine steps. Records that were
-    begun together reach the engine together, and all in their order. When they reach it depends on the thread, and with
-    that a result's last digits; on a CPU, where a thread would take the engine's time, they are encoded before the step.
+    With a GPU `requests` runs in a thread of its own: what was begun is encoded while the engine steps. Records that
+    were begun together reach the engine together, and all in their order. When they do depends on the thread, and with
+    that a result's last digits. On a CPU a thread would take the engine's time, so they are encoded before the step.
     """
 
     engine: Engine
