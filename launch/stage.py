@@ -4,7 +4,7 @@
         --times exps/x/iter0/logs/times.jsonl --journal exps/x/logs/comal.log --gpus auto --parent $$ -- COMMAND...
 
 The log is appended to: each run begins with a line that has the time and the command. After a success the seconds and
-the most memory that it took (memory.py) go to the file --times. At a failure the end of the log is shown, and the exit
+the most memory that it took (peaks.py) go to the file --times. At a failure the end of the log is shown, and the exit
 code is 1. --show leaves what the command prints to the caller and --quiet shows nothing; then the exit code is the
 command's, or 128 + N where signal N ended it. 128 + N is also the exit code where signal N ended this process.
 
@@ -37,7 +37,7 @@ import sys
 import time
 from pathlib import Path
 
-from memory import Peaks, parents
+from peaks import Peaks, parents
 
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 STOPPING_SECONDS = 10  # for a stage to end on SIGTERM, before SIGKILL

@@ -86,6 +86,7 @@ def test_ctrl_c_on_a_terminal(loop):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be ignored here, as after nohup
         os.execvpe("bash", ["bash", "comal.sh"], environment(**settings))
     wait_until(lambda: any("sleep 300" in line for line in processes(loop.name).values()), 20)
     os.write(terminal, b"\x03")

@@ -17,9 +17,7 @@ import subprocess
 import time
 
 HOST_SECONDS, GPU_SECONDS = 1, 2  # between two looks
-SHARE = (
-    50  # a look at the host's memory takes at most one part in so many of a core: thousands of processes take longer
-)
+SHARE = 50  # a look at the host's memory takes at most one part in so many of a core, however many processes there are
 
 
 def parents() -> dict[int, int]:
