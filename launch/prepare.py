@@ -67,14 +67,14 @@ def main(models: str, prompts: str, tokenizer: str = "", **judge: JudgeConfig):
         tokenizer: directory or Hub id of the policy's tokenizer; default: the policy's own
     """
     config, listing = JudgeConfig(**judge), Listing()  # wrong flags are refused before gigabytes are fetched
-    policy, *others = dict.fromkeys(split_list(models))
-    for name in (policy, *others):
-        directory = usable_model(name)
-        listing.add("model", name, directory, files_of(directory))
-    load_tokenizer(policy, tokenizer)
+    directories = []
+    for name in dict.fromkeys(split_list(models)):
+        directories.append(usable_model(name))
+        listing.add("model", name, directories[-1], files_of(directories[-1]))
+    tokenizer_dir = tokenizer and resolve_tokenizer(directories[0], tokenizer)
+    load_tokenizer(directories[0], tokenizer_dir)
     if tokenizer:
-        directory = resolve_tokenizer(policy, tokenizer)
-        listing.add("tokenizer", tokenizer, directory, tokenizer_files(directory))
+        listing.add("tokenizer", tokenizer, tokenizer_dir, tokenizer_files(tokenizer_dir))
     for member in config.members():
         add_judge(listing, member)
     for name in dict.fromkeys(split_list(prompts)):

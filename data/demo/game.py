@@ -209,12 +209,13 @@ def answer_probabilities(checkpoint, prompts, tokenizer=""):
     """Exact probability of each of the three answers, end token included: one list of three a prompt."""
     import torch
 
-    from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer, resolve_model
+    from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer, resolve_model, resolve_tokenizer
     from training.logps import response_logps
     from training.models import load_model
 
     directory = resolve_model(checkpoint)
-    tokenizer, model = load_tokenizer(directory, tokenizer), load_model(directory).eval()
+    tokenizer = load_tokenizer(directory, tokenizer and resolve_tokenizer(directory, tokenizer))
+    model = load_model(directory).eval()
     answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
     rows = [(encode_prompt(tokenizer, prompt), answers) for prompt in prompts]
     with torch.no_grad():
