@@ -84,17 +84,14 @@ def model_logps(model_dir, datasets, journals, tokens, sharding, accelerator):
     Batches are the same wherever an earlier run was stopped; those that `journals` (the main process's, one a data set)
     holds are not computed again.
     """
-    finished = [
-        [prompt_id in journal.offsets for prompt_id in dataset.ids] for journal, dataset in zip(journals, datasets)
-    ]
-    (finished,) = broadcast_object_list([finished])
-    if not all(map(all, finished)):
+    (finished,) = broadcast_object_list([[set(journal.offsets) for journal in journals]])
+    if not all(ids.issuperset(dataset.ids) for ids, dataset in zip(finished, datasets)):
         began = time.monotonic()
         model, tokens = prepare(load_model(model_dir), datasets, tokens, sharding, accelerator)
         log.info("loaded in %.2f s", time.monotonic() - began)
         for number, dataset in enumerate(datasets):
             batches = micro_batches(range(len(dataset)), dataset.lengths, tokens, accelerator.num_processes)
-            left = [batch for batch in batches if not all(finished[number][i] for i in batch)]
+            left = [batch for batch in batches if not finished[number].issuperset(dataset.ids[i] for i in batch)]
             began = time.monotonic()
             count = sum(map(len, left))
             bar = tqdm(

@@ -180,9 +180,8 @@ class Trainer:
         import transformers
 
         config, accelerator = self.config, self.accelerator
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
         versions["commit"] = commit or "unknown"
         log.info("settings: %s", ", ".join(f"{name} {value}" for name, value in settings.items()))
