@@ -174,15 +174,15 @@ def test_an_iteration_ends_with_three_lines(tmp_path):
 def test_help_explains_every_setting():
     done = subprocess.run(["bash", "comal.sh", "--help"], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and "bash comal.sh --plan" in done.stdout
-    for setting in launch_settings.settings().values():
-        assert setting.text and re.search(rf"^  {setting.name}=", done.stdout, re.M), setting
+    for name, setting in launch_settings.settings().items():
+        assert setting.text and re.search(rf"^  {name}=", done.stdout, re.M), setting
     for method in launch_settings.methods(re.search(r'METHODS="(.*?)"', (ROOT / "comal.sh").read_text(), re.S)[1]):
         assert f"\n  {method} " in done.stdout
 
 
 def test_plan_says_what_it_costs(loop):
     plan = loop.run("--plan")[0]
-    assert "checkpoints 4 x 0.0 MiB = 0.0 MiB (KEEP_CKPTS=all)" in plan and "# time: not known" in plan, plan
+    assert "checkpoints 4 x 0.0 KiB = 0.0 KiB (KEEP_CKPTS=all)" in plan and "# time: not known" in plan, plan
     with open(loop.folder / "models/policy/model/model.safetensors", "wb") as file:
         file.truncate(3 * 2**20)
     plan = loop.run("--plan", KEEP_CKPTS="rounds")[0]
@@ -191,7 +191,17 @@ def test_plan_says_what_it_costs(loop):
     iteration = loop.exps / "run/iter0"
     (iteration / "logs").mkdir(parents=True)
     (iteration / "next.json").write_text("{}")
-    (iteration / "logs/times.jsonl").write_text('{"stage": "a", "seconds": 100}\n{"stage": "b", "seconds": 20}\n')
+    # Sampling was run again; the last policy was evaluated before there were more ROUNDS.
+    times = [
+        ("sampling", 900),
+        ("sampling", 100),
+        ("training", 20),
+        ("responses", 40),
+        ("evaluation", 50),
+        ("matrix", 60),
+    ]
+    rows = (json.dumps({"stage": stage, "seconds": seconds}) for stage, seconds in times)
+    (iteration / "logs/times.jsonl").write_text("\n".join(rows) + "\n")
     assert "# time: 3 x 2.0 min = 0.1 h" in loop.run("--plan")[0]
 
 
@@ -569,8 +579,8 @@ def test_packages_for_the_cpu_use_no_gpu(loop, two_gpus):
 def test_every_setting_is_checked_for_what_it_is():
     """Each of those that have a check exists, and what results depend on is the rest."""
     known = launch_settings.settings().keys()
-    checked = {*launch_settings.CHOICES, *launch_settings.WHOLE, *launch_settings.NUMBERS, *launch_settings.FREE}
-    assert checked <= known
+    checked = launch_settings.CHOICES.keys() | launch_settings.WHOLE.keys() | launch_settings.NUMBERS
+    assert checked | launch_settings.POSITIVE | launch_settings.AT_MOST_ONE | launch_settings.FREE <= known
     assert {"METHOD", "SEED", "ETA", "TEMPERATURE", "JUDGE_FLAGS", "FROM"} <= known - launch_settings.FREE
 
 

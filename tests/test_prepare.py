@@ -67,13 +67,13 @@ def comal(models):
 
 @pytest.fixture
 def prepare_here(models, on_hub, monkeypatch):
-    """A function that does in this process what comal.sh starts: prepare.main for a run from the Hub's cache."""
+    """A function that does in this process what comal.sh starts: prepare.fetch for a run from the Hub's cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", on_hub["HF_HUB_CACHE"])
 
     def run(**changed):
         given = {"models": f"{ON_HUB['MODEL']},{ON_HUB['REFERENCE']}", "tokenizer": ON_HUB["TOKENIZER"]}
         given |= {"judge": ON_HUB["JUDGE"], "gpus": "none", "template": str(ROOT / "prompts/offsetbias.txt")}
-        prepare.main(**given | {"prompts": f"{models}/prompts/test.jsonl"} | changed)
+        prepare.fetch(**given | {"prompts": f"{models}/prompts/test.jsonl"} | changed)
 
     return run
 

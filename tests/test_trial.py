@@ -304,6 +304,44 @@ def test_a_trial_replaces_no_experiment(tmp_path):
     assert (tmp_path / "run-try/iter0").exists()
 
 
+def test_a_trial_at_a_rounds_end_reports_the_log_probabilities_of_the_initial_policy(tmp_path):
+    """After a fork, where the reference is not MODEL; all stages worked for 2 s."""
+    folder, iteration = tmp_path / "run-try", tmp_path / "run-try/iter1"
+
+    def write(name, *records):
+        (iteration / name).parent.mkdir(parents=True, exist_ok=True)
+        (iteration / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    judged = {"samples": [{"text": "a", "token_ids": [1] * 9}, {"text": "b", "token_ids": [1] * 9}]}
+    pair = {"prompt_token_ids": [1] * 4, "chosen_token_ids": [1] * 8, "rejected_token_ids": [1] * 8, "win_prob": 0.9}
+    stages = ("start_responses", "sampling", "scoring", "logprobs", "start_logprobs", "training", "evaluation")
+    write("logs/times.jsonl", *({"stage": stage, "seconds": 10, "host_mib": 100} for stage in stages))
+    for stage in stages:
+        (iteration / f"logs/{stage}.log").write_text("8 records in 2.00 s, after a start of 5.00 s\n")
+    for part in ("train", "test"):
+        write(f"{part}.samples.jsonl", judged), write(f"{part}.scores.jsonl", judged), write(f"data/{part}.jsonl", pair)
+    write("eval/vs_start.jsonl", judged)
+    write("ckpt/metrics.jsonl", {"loss": 62_500, "normalised_loss": 1, "margin": 0, "tokens_per_s": 10})
+    write("ckpt/model/model.safetensors")
+    size = dict(iterations=1, train=1, test=1, evaluation=1, models=2, from_start=1, cells=1)
+    (folder / "trial.json").write_text(json.dumps({"trial": size, "whole": size}))
+    state = {
+        "iter": iteration,
+        "i": 1,
+        "first": 1,
+        "TRAINER": "inpo",
+        "ETA": "0.002",
+        "NUM_EPOCHS": 3,
+        "SAVE_MINUTES": 10,
+    }
+    state |= {"GLOBAL_BATCH_SIZE": 32, "EVAL_STEPS": 500, "NUM_SAMPLES": 2, "MAX_NEW_TOKENS": 32, "KEEP_CKPTS": "all"}
+    done = helper("report", folder, **state)
+    assert done.returncode == 0, done.stderr
+    assert row(done.stdout, "start_logprobs").split()[1:3] == ["10.0", "8.0"]
+    assert row(done.stdout, "start_logprobs").endswith("  10 tokens/s")  # 20 tokens of the test pair
+    assert row(done.stdout, "logprobs").endswith("  40 tokens/s")  # of both pairs, with two models
+
+
 def test_a_trial_is_no_plan(loop):
     output, code = loop.run("--try", "--plan")
     assert code == 1 and "--try runs a trial" in output and not loop.exps.exists()
