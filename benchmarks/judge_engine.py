@@ -50,17 +50,13 @@ def judged_margins(queue, config, records):
         return read(output)
 
     judge.read_labels = keep
-    run_here(judge.work(), [(0, one) for one in records])
+    run_here(judge, [(0, one) for one in records])
     queue.put(found)
 
 
 def rewards(queue, config, records):
     queue.put(
-        [
-            reward
-            for one in run_here(RewardJudge(config).work(), [(0, one) for one in records])
-            for reward in one["rewards"]
-        ]
+        [reward for one in run_here(RewardJudge(config), [(0, one) for one in records]) for reward in one["rewards"]]
     )
 
 
@@ -121,20 +117,19 @@ def both_ways(queue, config, warm_up, chunks, rounds, device_ms):
     if device_ms:
         generative.Engine = lambda *_: Device(device_ms)
     judge, times = GenerativeJudge(config), []
-    run_here(judge.work(), [(0, warm_up)])
+    run_here(judge, [(0, warm_up)])
     began = time.perf_counter()
     for one in (one for chunk in chunks for one in chunk):
-        judge.requests(one)
+        judge.requests(0, one)
     alone = time.perf_counter() - began
     for _ in range(rounds):
         pair = []
         for beside in (False, True):
-            work = judge.work()
-            work.encoder = ThreadPoolExecutor(1) if beside else AtOnce()
+            judge.encoder = ThreadPoolExecutor(1) if beside else AtOnce()
             if not device_ms:
                 judge.engine.llm.llm_engine.reset_prefix_cache()
             began = time.perf_counter()
-            drive(Worker(work), chunks)
+            drive(Worker(judge), chunks)
             pair.append(time.perf_counter() - began)
         times.append(pair)
     queue.put((times, alone))

@@ -2,12 +2,13 @@
 
 import math
 
+from data_utils import encode_chat, load_tokenizer
 from judges.base import Judge, JudgeConfig, different_texts, orders, sigmoid, too_long, win_matrix
 from utils import StageError
-from vllm_model import Engine, load_config
+from vllm_model import Engine, EngineWork, load_config
 
 
-class RewardJudge(Judge):
+class RewardJudge(EngineWork, Judge):
     """A reward model, r(prompt, response): P(first beats second) = sigmoid((r(first) - r(second)) / T), Bradley-Terry.
 
     Each different response is scored once, through vLLM's pooling; `rewards` has the raw scores of the K responses.
@@ -28,8 +29,7 @@ class RewardJudge(Judge):
         temperature(config)
 
     def __init__(self, config: JudgeConfig):
-        from data_utils import load_tokenizer
-
+        super().__init__()
         self.temperature, self.max_prompt_tokens = temperature(config), config.max_prompt_tokens
         model = load_config(config.judge_path)
         kind = (model.architectures or ["unknown"])[0]
@@ -41,19 +41,15 @@ class RewardJudge(Judge):
         self.tokenizer = load_tokenizer(config.judge_path, config.tokenizer_path)
         self.engine = Engine(config.judge_path, config.tokenizer_path, self.max_prompt_tokens, config, "reward")
 
-    def requests(self, record: dict) -> list[tuple] | str:
+    def requests(self, job: int, record: dict) -> list[tuple] | str:
         from vllm import PoolingParams
 
         chats = [self.encode(record["prompt"], text) for text in different_texts(record)]
-        longest = max(map(len, chats))
-        if longest > self.max_prompt_tokens:
-            return too_long(longest, self.max_prompt_tokens)
-        return [(chat, PoolingParams(task="classify", use_activation=False)) for chat in chats]
+        params = dict(task="classify", use_activation=False)
+        return too_long(chats, self.max_prompt_tokens) or [(chat, PoolingParams(**params)) for chat in chats]
 
     def encode(self, prompt: str, response: str) -> list[int]:
         """The token ids of a prompt and a response."""
-        from data_utils import encode_chat
-
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         return encode_chat(self.tokenizer, chat, add_generation_prompt=False)
 
@@ -68,7 +64,7 @@ class RewardJudge(Judge):
             for first, second in orders(record)
         }
         texts = [sample["text"] for sample in record["samples"]]
-        return win_matrix(texts, judgements) | {"rewards": [rewards[text] for text in texts]}
+        return record | win_matrix(texts, judgements) | {"rewards": [rewards[text] for text in texts]}
 
 
 def temperature(config: JudgeConfig) -> float:
