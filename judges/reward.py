@@ -8,6 +8,17 @@ from utils import StageError
 from vllm_model import Engine, EngineWork, load_config
 
 
+def temperature(config: JudgeConfig) -> float:
+    """T of the sigmoid. Raises StageError unless it is a number greater than 0."""
+    try:
+        value = float(config.reward_temperature)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise StageError(f"--reward_temperature should be a number greater than 0, got {config.reward_temperature}")
+    return value
+
+
 class RewardJudge(EngineWork, Judge):
     """A reward model, r(prompt, response): P(first beats second) = sigmoid((r(first) - r(second)) / T), Bradley-Terry.
 
@@ -24,9 +35,7 @@ class RewardJudge(EngineWork, Judge):
     has_labels = False
     settings = ("dtype", "engine_args", "judge_tokenizer", "reward_temperature", "max_prompt_tokens")
 
-    @staticmethod
-    def check(config: JudgeConfig) -> None:
-        temperature(config)
+    check = staticmethod(temperature)
 
     def __init__(self, config: JudgeConfig):
         super().__init__()
@@ -44,14 +53,13 @@ class RewardJudge(EngineWork, Judge):
     def requests(self, job: int, record: dict) -> list[tuple] | str:
         from vllm import PoolingParams
 
-        chats = [self.encode(record["prompt"], text) for text in different_texts(record)]
+        asked = {"role": "user", "content": record["prompt"]}
+        chats = [
+            encode_chat(self.tokenizer, [asked, {"role": "assistant", "content": text}], add_generation_prompt=False)
+            for text in different_texts(record)
+        ]
         params = dict(task="classify", use_activation=False)
         return too_long(chats, self.max_prompt_tokens) or [(chat, PoolingParams(**params)) for chat in chats]
-
-    def encode(self, prompt: str, response: str) -> list[int]:
-        """The token ids of a prompt and a response."""
-        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return encode_chat(self.tokenizer, chat, add_generation_prompt=False)
 
     def read(self, record: dict, outputs: list) -> dict:
         rewards = dict(zip(different_texts(record), (output.outputs.data.item() for output in outputs)))
@@ -65,14 +73,3 @@ class RewardJudge(EngineWork, Judge):
         }
         texts = [sample["text"] for sample in record["samples"]]
         return record | win_matrix(texts, judgements) | {"rewards": [rewards[text] for text in texts]}
-
-
-def temperature(config: JudgeConfig) -> float:
-    """T of the sigmoid. Raises StageError unless it is a number greater than 0."""
-    try:
-        value = float(config.reward_temperature)
-    except ValueError:
-        value = 0
-    if not 0 < value < math.inf:
-        raise StageError(f"--reward_temperature should be a number greater than 0, got {config.reward_temperature}")
-    return value

@@ -69,11 +69,8 @@ class ServerJudge(Judge):
         self.begun[key] = record, [self.threads.submit(self.ask, text) for text in texts]
 
     def step(self) -> list:
-        wait(
-            [future for _, futures in self.begun.values() for future in futures if not future.done()],
-            timeout=1,
-            return_when=FIRST_COMPLETED,
-        )
+        asked = [future for _, futures in self.begun.values() for future in futures if not future.done()]
+        wait(asked, timeout=1, return_when=FIRST_COMPLETED)
         return [key for key, (_, futures) in self.begun.items() if self._is_ready(futures)]
 
     @staticmethod
@@ -122,15 +119,13 @@ class ServerJudge(Judge):
         completion = response.parse()
         usage = (completion.usage.prompt_tokens, completion.usage.completion_tokens) if completion.usage else (0, 0)
         choice = completion.choices[0]
-        content = choice.logprobs.content if choice.logprobs else None
-        judgement = (
-            read_answer(
-                [(token.token, [(top.token, top.logprob) for top in token.top_logprobs]) for token in content],
-                self.labels,
-            )
-            if content
-            else parse_answer(choice.message.content or "", self.labels)
-        )
+        if choice.logprobs and choice.logprobs.content:
+            tokens = [
+                (one.token, [(top.token, top.logprob) for top in one.top_logprobs]) for one in choice.logprobs.content
+            ]
+            judgement = read_answer(tokens, self.labels)
+        else:
+            judgement = parse_answer(choice.message.content or "", self.labels)
         with self.lock:
             self.answers[judgement is not None] += 1
             if self.answers[False] >= 20 and not self.answers[True]:
