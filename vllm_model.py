@@ -56,7 +56,7 @@ class SamplerConfig(EngineConfig):
         super().__post_init__()
         check_at_least(1, max_prompt_tokens=self.max_prompt_tokens, max_new_tokens=self.max_new_tokens)
 
-    # Resolved once, in the stage; the workers get the values with the rest.
+    # Found once, in the stage, by `fingerprint`; the workers get the values with the rest.
     @cached_property
     def model_path(self) -> str:
         """The model's directory."""
@@ -69,7 +69,8 @@ class SamplerConfig(EngineConfig):
 
     def fingerprint(self) -> dict:
         """{setting: value} of all that samples depend on; of the model the contents instead of its name."""
-        return super().fingerprint() | {"model": model_fingerprint(self.model_path)}
+        model, _ = self.model_path, self.tokenizer_path
+        return super().fingerprint() | {"model": model_fingerprint(model)}
 
 
 def check_top_p(value: float) -> None:

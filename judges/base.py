@@ -109,7 +109,7 @@ class JudgeConfig(EngineConfig):
         """The class of this judge, which is no panel."""
         return judge_class(self.judge_type)
 
-    # Resolved once, in the stage; the workers get the values with the rest.
+    # Found once, in the stage, by `fingerprint`; the workers get the values with the rest.
     @cached_property
     def judge_path(self) -> str:
         """The judge's directory."""
@@ -156,7 +156,10 @@ class JudgeConfig(EngineConfig):
             settings["head_dtype"] = "float32"  # judgements of earlier versions, whose output layer rounded, are others
         if "template" in settings:
             settings["template"] = fingerprint(read_template(self.template))
-        judge = model_fingerprint(self.judge_path) if self.kind.needs_engine else self.judge
+        judge = self.judge
+        if self.kind.needs_engine:
+            path, _ = self.judge_path, self.tokenizer_path
+            judge = model_fingerprint(path)
         return settings | {"judge_type": self.judge_type, "judge": judge}
 
 
