@@ -29,9 +29,6 @@ class GenerativeJudge(EngineWork, Judge):
     the two deciding tokens are asked for, so neither can fall out of a top-k list. Each ordered pair of *different*
     texts is judged once; identical texts get 1/2.
 
-    Args:
-        config: JudgeConfig
-
     Raises StageError for labels that no single position decides.
     """
 
@@ -67,9 +64,8 @@ class GenerativeJudge(EngineWork, Judge):
     def check_mass(self, masses: list[float]) -> None:
         """Count the label masses of a record; raise StageError once the model turns out not to be a judge."""
         self.records, self.answers, self.mass = self.records + 1, self.answers + len(masses), self.mass + sum(masses)
-        if self.records < ENOUGH["records"] or self.answers < ENOUGH["answers"]:
-            return
-        if self.mass / self.answers < MIN_LABEL_MASS:
+        enough = self.records >= ENOUGH["records"] and self.answers >= ENOUGH["answers"]
+        if enough and self.mass / self.answers < MIN_LABEL_MASS:
             raise StageError(
                 f"{self.engine.model} puts {self.mass / self.answers:.2g} of its probability on the two labels, so it "
                 "does not answer with one of them; is it a judge, and are --template and --labels its own?"

@@ -26,9 +26,6 @@ class RewardJudge(EngineWork, Judge):
     Several such judges are the mixture of the paper's second version: the mean of their probabilities, not of their
     scores.
 
-    Args:
-        config: JudgeConfig
-
     Raises StageError for a model that is no sequence classifier with one output.
     """
 

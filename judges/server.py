@@ -20,9 +20,6 @@ class ServerJudge(Judge):
     It answers freely; P is read where the two labels part (`read_answer`), from the log-probabilities where the
     server gives them, else from the answer alone, as 0 or 1. `usage` counts requests and tokens. The special tokens'
     spellings inside a response are the server's affair.
-
-    Args:
-        config: JudgeConfig
     """
 
     needs_engine = False
