@@ -14,13 +14,12 @@ import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 from tqdm import tqdm
 
-from data_utils import as_pair, first_exchange, load_rows
+from data_utils import as_pair, encode_chat, encode_text, first_exchange, load_rows, load_tokenizer, resolve_tokenizer
 from records import Chat, Message, Pair, Prompt, Scores, read, writer
 from utils import (
     StageError,
@@ -34,6 +33,22 @@ from utils import (
     run,
     split_list,
 )
+
+
+def columns_of(dataset: str, split: str, local_file: str, *names: str):
+    """The rows of `load_rows`. Raises StageError where they lack a column."""
+    rows = load_rows(dataset, split, local_file)
+    missing = [name for name in names if name not in rows.column_names]
+    if missing:
+        lacks, has = " nor ".join(map(repr, missing)), ", ".join(rows.column_names)
+        raise StageError(f"{local_file or dataset} has no column {lacks}; it has {has}")
+    return rows
+
+
+def listed(counts: Counter) -> str:
+    """Counts in words, for the log."""
+    return ", ".join(f"{count} {what}" for what, count in counts.items())
+
 
 # ---------------------------------------------------------------------------------------------- pairs
 
@@ -137,7 +152,7 @@ def make_pairs(input: str, output: str, pair_rule: str = "top_two", max_length: 
                     write(pair)
             if not counts["pairs"]:
                 raise StageError(f"{path}: no usable pair in {counts['records']} records ({dict(counts)})")
-        log.info("%s: %s", target, ", ".join(f"{count} {what}" for what, count in counts.items()))
+        log.info("%s: %s", target, listed(counts))
 
 
 # ---------------------------------------------------------------------------------------------- prompts and SFT data
@@ -182,14 +197,12 @@ def make_prompts(
     for path in split_list(exclude):
         check_input(path)
         excluded |= {record["prompt"].strip() for record in read(path, Prompt)}
-    rows = load_rows(dataset, "train", local_file)
-    if field not in rows.column_names:
-        raise StageError(f"{local_file or dataset} has no column {field!r}; it has {', '.join(rows.column_names)}")
+    rows = columns_of(dataset, "train", local_file, field)
     wrong = next((value for value in rows[field] if not isinstance(value, (str, type(None)))), None)
     if wrong is not None:
         raise StageError(f"{local_file or dataset}: column {field!r} should be text, found {type(wrong).__name__}")
     texts = [text.strip() for text in rows[field] if text]
-    unique = sorted({text for text in texts if text} - excluded, key=lambda text: (shuffle_key(seed, text), text))
+    unique = sorted(set(texts) - excluded - {""}, key=lambda text: (shuffle_key(seed, text), text))
     if len(unique) < num_test + num_splits:
         raise StageError(
             f"{len(unique)} different prompts are too few for {num_test} test prompts (--num_test) and "
@@ -202,13 +215,8 @@ def make_prompts(
             with writer(Path(output_dir) / f"{name}.jsonl", Prompt) as write:
                 for prompt in prompts:
                     write({"prompt_id": fingerprint(prompt), "prompt": prompt})
-    log.info(
-        "%s: %d rows, %d different prompts; %s",
-        output_dir,
-        len(texts),
-        len(unique),
-        ", ".join(f"{name} {len(prompts)}" for name, prompts in files.items()),
-    )
+    sizes = ", ".join(f"{name} {len(prompts)}" for name, prompts in files.items())
+    log.info("%s: %d rows, %d different prompts; %s", output_dir, len(texts), len(unique), sizes)
 
 
 def make_sft(
@@ -244,9 +252,7 @@ def make_sft(
     paths = [Path(path).resolve() for path in (output, validation_output, local_file) if path]
     if len(set(paths)) < len(paths):
         raise StageError("--output, --validation_output and --local_file should be different files")
-    rows = load_rows(dataset, split, local_file)
-    if "messages" not in rows.column_names:
-        raise StageError(f"{local_file or dataset} has no column 'messages'; it has {', '.join(rows.column_names)}")
+    rows = columns_of(dataset, split, local_file, "messages")
     fits = length_filter(tokenizer, max_length)
     counts: Counter[str] = Counter()
     order = []  # (shuffle key, row number): the rows themselves stay on disk
@@ -259,34 +265,30 @@ def make_sft(
                 f"{{role, content}} ({error}), got {repr(row['messages'])[:200]}"
             ) from None
         messages = first_exchange(row["messages"])
-        what = "without an answer"
-        if messages:
-            what = "examples" if fits(messages) else f"longer than {max_length} tokens"
-        counts[what] += 1
-        if messages and what == "examples":
+        if not messages:
+            counts["without an answer"] += 1
+        elif not fits(messages):
+            counts[f"longer than {max_length} tokens"] += 1
+        else:
+            counts["examples"] += 1
             order.append((shuffle_key(seed, f"{messages[-2]['content']}\0{number}"), number))
     kept = [number for _, number in sorted(order)][: limit or None]
     if len(kept) <= num_validation:
         raise StageError(
             f"{len(kept)} usable examples are too few for {num_validation} of validation (--num_validation)"
         )
-    with ExitStack() as stack:
-        write_validation = stack.enter_context(writer(validation_output, Chat))
-        write_train = stack.enter_context(writer(output, Chat))
+    with writer(validation_output, Chat) as write_validation, writer(output, Chat) as write_train:
         for position, number in enumerate(kept):
             write = write_validation if position < num_validation else write_train
             write({"prompt_id": str(number), "messages": first_exchange(rows[number]["messages"])})
-    found = ", ".join(f"{count} {what}" for what, count in counts.items())
-    log.info("%s: %s; %d train, %d validation", output, found, len(kept) - num_validation, num_validation)
+    log.info("%s: %s; %d train, %d validation", output, listed(counts), len(kept) - num_validation, num_validation)
 
 
 def length_filter(tokenizer, max_length):
     """messages -> whether they fit; everything fits without a tokenizer."""
     if not tokenizer:
         return lambda messages: True
-    from data_utils import encode_chat, encode_text, load_tokenizer, resolve_tokenizer
-
-    loaded = load_tokenizer(resolve_tokenizer("", tokenizer))
+    loaded = load_tokenizer(resolve_tokenizer(tokenizer))
     return lambda messages: (
         len(encode_chat(loaded, messages[:-1])) + len(encode_text(loaded, messages[-1]["content"])) + 1 <= max_length
     )
@@ -310,14 +312,8 @@ def import_pairs(
         dataset: Hub data set
         split: its split
     """
-    rows = load_rows(dataset, split, local_file)
+    rows = columns_of(dataset, split, local_file, "chosen", "rejected")
     counts: Counter[str] = Counter()
-    missing = {"chosen", "rejected"} - set(rows.column_names)
-    if missing:
-        raise StageError(
-            f"{local_file or dataset} has no column {' nor '.join(sorted(missing))}; "
-            f"it has {', '.join(rows.column_names)}"
-        )
     with writer(output, Pair) as write:
         for number, row in enumerate(tqdm(rows, desc="pairs", unit="pair")):
             pair, left_out = as_pair(row)
@@ -326,7 +322,7 @@ def import_pairs(
                 write({"prompt_id": str(number)} | pair)
         if not counts["pairs"]:
             raise StageError(f"{local_file or dataset}: no usable pair in {len(rows)} rows ({dict(counts)})")
-    log.info("%s: %s", output, ", ".join(f"{count} {what}" for what, count in counts.items()))
+    log.info("%s: %s", output, listed(counts))
 
 
 if __name__ == "__main__":

@@ -64,15 +64,14 @@ def has_tokenizer(directory: str | Path) -> bool:
     return any(Path(directory, name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def resolve_tokenizer(model: str, tokenizer: str = "") -> str:
-    """The local directory of a tokenizer: a path, its `model` subfolder, or a Hub id, which is downloaded."""
-    if not tokenizer:
-        return resolve_model(model)
-    if Path(tokenizer).exists():
-        return next(
-            (str(path) for path in (Path(tokenizer), Path(tokenizer) / "model") if has_tokenizer(path)), tokenizer
-        )
-    return str(_download(tokenizer, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
+def resolve_tokenizer(name: str) -> str:
+    """The local directory of a tokenizer: a path, its `model` subfolder, or a Hub id, which is downloaded. No name has
+    none: then a model's own tokenizer is meant."""
+    if not name:
+        return ""
+    if Path(name).exists():
+        return next((str(path) for path in (Path(name), Path(name) / "model") if has_tokenizer(path)), name)
+    return str(_download(name, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
 
 
 def check_weights(directory: str | Path) -> None:

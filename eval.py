@@ -19,7 +19,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from analysis.comparisons import comparison_jobs, holds_outputs, write_summaries
+from analysis.comparisons import comparison_jobs, holds_outputs, judged_before, write_summaries
 from analysis.length_control import read_difficulty
 from analysis.matrix import (
     MEASURES,
@@ -130,6 +130,9 @@ def compare(
 ):
     """Win rates of responses over baselines, judged in both orders, several comparisons with one start of the judge.
 
+    An output that exists already, of the same responses by the same judge, is not judged again; its summary is written
+    anew.
+
     Args:
         responses: responses file(s), comma-separated
         baseline: responses file(s) to beat, as many; also model outputs in AlpacaEval's format, a JSON list of
@@ -150,8 +153,17 @@ def compare(
     if difficulty:  # checked before anything is judged
         for ours, _, _ in files:
             read_difficulty(difficulty, [record["prompt_id"] for record in read(ours, Responses)])
-    judge_files(comparison_jobs(files), JudgeConfig(**judge), "comparing")
-    write_summaries(files, seed, length_controlled, difficulty, names)
+    config = JudgeConfig(**judge)
+    missing = [paths for paths in files if not judged_before(*paths, config.judged_by())]
+    judge_missing(missing, len(files), config)
+    write_summaries(files, config.judged_by(), seed, names, length_controlled, difficulty)
+
+
+def judge_missing(missing: list, total: int, judge: JudgeConfig):
+    """Judge those (responses, baseline, output) files of `total` that were not judged before."""
+    log.info("comparisons: %d, judged before: %d", total, total - len(missing))
+    if missing:
+        judge_files(comparison_jobs(missing), judge, "comparing")
 
 
 def matrix(
@@ -218,13 +230,11 @@ def matrix(
 def judged_cells(paths: list, labels: list, judge: JudgeConfig, folder: Path, seed: int) -> dict:
     """The `analysis.matrix.cell_paths` of responses files; those that were not judged before are. The log calls the
     files by their labels."""
-    cells = cell_paths(paths, [member.fingerprint() for member in judge.members()] + judge.weights(), folder)
-    missing = {path: pair for pair, path in cells.items() if not path.with_suffix(".json").exists()}
-    log.info("comparisons: %d, judged before: %d", len(cells), len(cells) - len(missing))
-    if missing:
-        files = [(paths[i], paths[j], path) for path, (i, j) in missing.items()]
-        judge_files(comparison_jobs(files), judge, "comparing")
-        write_summaries(files, seed, names=[(labels[i], labels[j]) for i, j in missing.values()])
+    cells = cell_paths(paths, judge.judged_by(), folder)
+    missing = {pair: path for pair, path in cells.items() if not path.with_suffix(".json").exists()}
+    files = [(paths[i], paths[j], path) for (i, j), path in missing.items()]
+    judge_missing(files, len(cells), judge)
+    write_summaries(files, judge.judged_by(), seed, [(labels[i], labels[j]) for i, j in missing])
     return cells
 
 

@@ -176,7 +176,7 @@ def main(
     inputs, outputs = file_lists(input=input, output=output)
     accelerator = start_accelerator(seed=0)
     model_dirs = list(dict.fromkeys(resolve_model(name) for name in (model, reference)))  # one where both are the same
-    tokenizer_dir = tokenizer and resolve_tokenizer(model_dirs[0], tokenizer)
+    tokenizer_dir = resolve_tokenizer(tokenizer)
     datasets = load_pairs(inputs, model_dirs, tokenizer_dir, max_length)
     journals = [
         open_journals(label, model_dir, tokenizer, inputs, outputs, accelerator)

@@ -22,6 +22,7 @@ Text = Annotated[str, Meta(pattern=r"\S")]  # with something other than white sp
 TokenIds = list[Annotated[int, Meta(ge=0)]]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 LogProbability = Annotated[float, Meta(gt=-1e30, le=1e-3)]  # rounding may lift that of a certain token above 0
+OneMessage = Annotated[list["Message"], Meta(min_length=1, max_length=1)]
 
 
 # ---------------------------------------------------------------------------------------------- schemas
@@ -93,9 +94,6 @@ class Comparison(TypedDict):
     label_mass: NotRequired[float | None]
 
 
-OneMessage = Annotated[list[Message], Meta(min_length=1, max_length=1)]
-
-
 class Pair(TypedDict):
     """A preference pair, in TRL's conversational format (data_processing.py make_pairs, or from elsewhere).
 
@@ -164,12 +162,10 @@ def _check_win_probs(record, first):
         if rows[i][i] is not None:
             raise ValueError(f"win_probs[{i}][{i}] should be null, got {rows[i][i]}")
         for j in range(i):
-            if None in (rows[i][j], rows[j][i]):
-                raise ValueError(f"win_probs[{i}][{j}] and [{j}][{i}] should be probabilities, got null")
-            if abs(rows[i][j] + rows[j][i] - 1) > 1e-6:
-                raise ValueError(
-                    f"win_probs[{i}][{j}] and [{j}][{i}] should add up to 1, got {rows[i][j]} and {rows[j][i]}"
-                )
+            both = [rows[i][j], rows[j][i]]
+            if None in both or abs(sum(both) - 1) > 1e-6:
+                found = " and ".join(map(dump_json, both))
+                raise ValueError(f"win_probs[{i}][{j}] and [{j}][{i}] should be probabilities of sum 1, got {found}")
 
 
 def _check_samples(record, first):
@@ -180,21 +176,15 @@ def _check_samples(record, first):
         raise ValueError(f"samples has {count} entries, needed: 2; sample again with --num_samples 2 or more")
 
 
-def _check_scores(record, first):
-    _check_samples(record, first)
-    _check_win_probs(record, first)
-
-
-PAIR_KEYS = ("prompt_id", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+PAIR_TOKEN_IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
 def _check_pair(record, first):
-    present = [name for name in PAIR_KEYS[1:] if name in record]
-    complete = all(name in record for name in PAIR_KEYS)
+    present = [name for name in PAIR_TOKEN_IDS if name in record]
+    complete = len(present) == len(PAIR_TOKEN_IDS)
     if present and not complete:
-        raise ValueError(
-            f"it has {', '.join(present)} but not all of {', '.join(PAIR_KEYS)}; give all of them, or text alone"
-        )
+        names = ", ".join(PAIR_TOKEN_IDS)
+        raise ValueError(f"it has {', '.join(present)} but not all of {names}; give all of them, or text alone")
     for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
         _check_last_message(record, name, role, may_be_empty=complete)  # an empty response may be the end token alone
 
@@ -205,12 +195,12 @@ def _check_last_message(record, name, role, may_be_empty):
         raise ValueError(f"{name} should end with text by the {role}, got {repr(last)[:200]}")
 
 
-CHECKS: dict[type, Callable[[dict, dict], None]] = {
-    Samples: _check_samples,
-    Scores: _check_scores,
-    Comparison: _check_win_probs,
-    Pair: _check_pair,
-    Chat: lambda record, first: _check_last_message(record, "messages", "assistant", may_be_empty=True),
+CHECKS: dict[type, list[Callable[[dict, dict], None]]] = {  # called with a record and the file's first one
+    Samples: [_check_samples],
+    Scores: [_check_samples, _check_win_probs],
+    Comparison: [_check_win_probs],
+    Pair: [_check_pair],
+    Chat: [lambda record, first: _check_last_message(record, "messages", "assistant", may_be_empty=True)],
 }
 
 # What the key of a record that has none is made from.
@@ -238,7 +228,7 @@ WORDS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------- reading and writing
 
 
 def read(path: str | Path, schema: type) -> Iterator[dict]:
@@ -253,13 +243,11 @@ def read(path: str | Path, schema: type) -> Iterator[dict]:
 
 def scan(path: str | Path, schema: type) -> Iterator[tuple[int, dict]]:
     """`read` with the offset of each line: yields (offset, record)."""
-    seen: set[str] = set()
-    offset, first = 0, None
+    seen, offset, first = set(), 0, None
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             begin, offset = offset, offset + len(line)
-            line = line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
-            if not line.strip():
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             try:
                 record = decode(line, schema)
@@ -273,21 +261,21 @@ def scan(path: str | Path, schema: type) -> Iterator[tuple[int, dict]]:
 
 
 def read_at(path: str | Path, offset: int, schema: type) -> dict:
-    """The record whose line begins at an offset that `scan` has given."""
+    """The record at an offset that `scan` has given."""
     with open(path, "rb") as file:
         file.seek(offset)
-        return decode(file.readline().removeprefix(b"" if offset else codecs.BOM_UTF8), schema)
+        return decode(file.readline(), schema)
 
 
 def check(record, schema, first, seen):
     """What a schema's types cannot say, and that the key is not in `seen`, to which it is added. Raises ValueError."""
     key = record.get("prompt_id")
     try:
-        if schema in CHECKS:
-            CHECKS[schema](record, first)
+        for check_more in CHECKS.get(schema, []):
+            check_more(record, first)
         if key in seen:
-            origin = " (made from the text)" if schema in KEYS and key == fingerprint(KEYS[schema](record)) else ""
-            raise ValueError(f"the id{origin} occurs a second time")
+            made = schema in KEYS and key == fingerprint(KEYS[schema](record))
+            raise ValueError(f"the id{' (made from the text)' * made} occurs a second time")
     except ValueError as error:
         raise ValueError(f"prompt_id {key[:100]}: {error}" if key is not None else str(error)) from None
     if key is not None:
@@ -297,7 +285,7 @@ def check(record, schema, first, seen):
 def decode(line: bytes, schema: type) -> dict:
     """The record of one line, with its key as text. Raises ValueError, with the `prompt_id` where there is one."""
     try:
-        record = msgspec.json.decode(line)
+        record = msgspec.json.decode(line.removeprefix(codecs.BOM_UTF8))
     except (ValueError, RecursionError):
         cut = "" if line.endswith(b"\n") else "; the file may have been cut off here"
         raise ValueError(f"not valid JSON in UTF-8: {_why_not_json(line)}{cut}") from None
@@ -325,16 +313,14 @@ def _explain(error, record):
     """What msgspec finds wrong with a record, in a user's words: which field, what it should be, what it is."""
     if not isinstance(record, dict):
         return f"should be a JSON object, got {dump_json(record)[:100]}"
-    message, _, place = str(error).partition(" - at ")
-    place = place.strip("`").removeprefix("$").removeprefix(".")
+    message, _, place = str(error).replace("`", "").partition(" - at ")
+    place = place.lstrip("$.")
     where = f"prompt_id {str(record['prompt_id'])[:100]}: " if "prompt_id" in record else ""
-    missing = re.fullmatch(r"Object missing required field `(\w+)`", message)
-    if missing:
-        name, found = missing[1], _at(record, place)
-        writer = "".join(f" ({stage} writes it)" for stage, fields in WRITERS.items() if name in fields)
+    if missing := re.fullmatch(r"Object missing required field (\w+)", message):
         where += f"{place}: " if place else ""
-        return f"{where}field {name} is missing{writer}; found {', '.join(found) or 'no field'}"
-    expected = message.partition(", got ")[0].removeprefix("Expected ").replace("`", "")
+        writer = "".join(f" ({stage} writes it)" for stage, fields in WRITERS.items() if missing[1] in fields)
+        return f"{where}field {missing[1]} is missing{writer}; found {', '.join(_at(record, place)) or 'no field'}"
+    expected = message.partition(", got ")[0].removeprefix("Expected ")
     for pattern, words in WORDS.items():
         expected = re.sub(pattern, words, expected)
     return f"{where}{place} should be {expected}, got {repr(_at(record, place))[:100]}"
@@ -345,9 +331,6 @@ def _at(value, place):
     for name, index in re.findall(r"(\w+)|\[(\d+)\]", place):
         value = value[name] if name else value[int(index)]
     return value
-
-
-# ---------------------------------------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def main(input: str, output: str, responses: str = "", baseline: str = "", compa
     config = JudgeConfig(**judge)
     jobs = [(partial(read, path, Samples), target) for path, target in zip(inputs, outputs)]
     judge_files(jobs + comparison_jobs(comparisons), config, "scoring")
-    write_summaries(comparisons)
+    write_summaries(comparisons, config.judged_by())
     figures = judge_figures(record for path in outputs for record in read(path, Scores))
     if figures["label_mass"] is not None and all(member.kind.has_labels for member in config.members()):
         log.info(

@@ -73,7 +73,7 @@ class SamplerConfig(EngineConfig):
     @cached_property
     def tokenizer_path(self) -> str:
         """The tokenizer's directory; empty for the model's."""
-        return self.tokenizer and resolve_tokenizer(self.model_path, self.tokenizer)
+        return resolve_tokenizer(self.tokenizer)
 
     def fingerprint(self) -> dict:
         """{setting: value} of all that samples depend on; of the model the contents instead of its name."""

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from analysis.bootstrap import interval, resampled_means
+from analysis.figures import read_json
 from analysis.length_control import length_controlled_win_rate, read_difficulty
 from analysis.outside import align, read_outputs
 from records import Comparison, Responses, read
-from utils import StageError, log, write_text
+from utils import StageError, fingerprint, log, write_text
 
 
 def holds_outputs(path: Path) -> bool:
@@ -71,13 +72,30 @@ def comparison_jobs(files: list) -> list:
     return [(partial(join_responses, ours, theirs), target) for ours, theirs, target in files]
 
 
+def comparison_fingerprint(ours: Path, theirs: Path, path: Path, judged_by: list) -> str:
+    """Tells a comparison file, the responses that it compares and what judged them from all others."""
+    return fingerprint([fingerprint(path), fingerprint(join_responses(ours, theirs)), judged_by])
+
+
+def judged_before(ours: Path, theirs: Path, path: Path, judged_by: list) -> bool:
+    """Whether a comparison file exists and, as its summary says, was made of these responses by this judge."""
+    made_as = read_json(path.with_suffix(".json")).get("fingerprint")
+    return path.exists() and made_as == comparison_fingerprint(ours, theirs, path, judged_by)
+
+
 def write_summaries(
-    files: list, seed: int = 0, length_controlled: bool = False, difficulty: str = "", names: list | None = None
+    files: list,
+    judged_by: list,
+    seed: int = 0,
+    names: list | None = None,
+    length_controlled: bool = False,
+    difficulty: str = "",
 ):
     """Write and log the summary of each of (responses, baseline, output) files, beside the output.
 
-    The log has the `names` of (responses, baseline); without them those of the files.
-    With a file of difficulties, with `length_controlled`, and where the baseline is model outputs, it has the
+    The log has the `names` of (responses, baseline); without them those of the files. `judged_by` is what the
+    judgements depend on besides the responses (JudgeConfig.judged_by), for `judged_before`.
+    With a file of difficulties, with `length_controlled`, and where the baseline is model outputs, the summary has the
     length-controlled win rate (analysis/length_control.py), too.
     """
     names = names or [(ours, theirs) for ours, theirs, _ in files]
@@ -86,6 +104,7 @@ def write_summaries(
         summary = {"responses": str(ours), "baseline": str(theirs)} | summarise(comparisons, seed)
         if length_controlled or difficulty or holds_outputs(theirs):
             summary |= length_control(comparisons, difficulty, seed)
+        summary["fingerprint"] = comparison_fingerprint(ours, theirs, path, judged_by)
         write_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
         log.info(
             "%s against %s: win rate %.1f %% [%.1f, %.1f], mean probability %.3f, %d prompts, %d ties",

@@ -21,7 +21,7 @@ class Plot:
 
     `scale` turns the figures into `unit`; `level` is a horizontal line; `start` is the field of the initial policy that
     is shown as one; `from_zero` lets the axis begin at 0; `steps` says that positions lie within iterations; `cut` lets
-    the axis end a little above all but the highest 2 % of the values.
+    the axis end a little above all but the highest 2 % of the values; `hide_zeros`: without data where all are 0.
     """
 
     title: str
@@ -35,6 +35,7 @@ class Plot:
     from_zero: bool = False
     steps: bool = False
     cut: bool = False
+    hide_zeros: bool = False
 
 
 NO_EVALUATION = "No iteration has been evaluated yet (eval/vs_*.json)."
@@ -209,8 +210,9 @@ SECTIONS = {
             [Line("skipped records", "skipped")],
             "Prompts that are longer than the model's or the judge's limit, and records that made their workers crash. "
             "The files *.skipped.jsonl list them.",
-            "No iteration has begun.",
+            "No record has been skipped so far.",
             from_zero=True,
+            hide_zeros=True,
         ),
     ],
     "Time": [

@@ -27,6 +27,7 @@
     unread          files that could not be read to their end, and why
 """
 
+import itertools
 import re
 from collections import Counter
 from datetime import UTC, datetime
@@ -36,17 +37,17 @@ from tqdm import tqdm
 
 from analysis.figures import (
     Files,
-    comparison_rows,
     kl_reference,
     kl_start,
-    measured,
     read_json,
     record_count,
     sample_sums,
     score_sums,
     stage_seconds,
     training_figures,
+    whole_records,
 )
+from records import Comparison
 from utils import StageError
 
 PARTS = ("train", "test")
@@ -230,8 +231,9 @@ def state(path: Path, settings: dict, rows: list) -> dict:
     """How far the experiment is; its files do not show whether it is running, only when the last was written."""
     rounds, splits = whole_number(settings, "ROUNDS"), whole_number(settings, "SPLITS")
     total = whole_number(settings, "ITERATIONS")
-    if total is None and None not in (rounds, splits):  # an experiment of a version that did not write it
+    if total is None and None not in (rounds, splits):  # an experiment of version 0.9, which did not write it
         total = rounds * splits
+    evaluated = [row["iteration"] for row in rows if (row["win_rate_start"], row["win_rate_previous"]) != (None, None)]
     written = path.stat().st_mtime
     for place in [path, path / "start", *path.glob("iter*"), *path.glob("iter*/*")]:
         for file in place.glob("*"):
@@ -240,26 +242,23 @@ def state(path: Path, settings: dict, rows: list) -> dict:
     return {
         "finished": sum(row["finished"] for row in rows),
         "total": total,
-        "last_evaluated": next((row["iteration"] for row in rows[::-1] if evaluated(row)), None),
+        "last_evaluated": evaluated[-1] if evaluated else None,
         "last_written": datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"),
     }
-
-
-def evaluated(row: dict) -> bool:
-    return row["win_rate_start"] is not None or row["win_rate_previous"] is not None
 
 
 def read_responses(experiment: dict, num_prompts: int) -> list:
     """[{prompt, start, previous, current, win_prob_start, win_prob_previous}] of the last evaluated iteration.
 
-    Only the first records of its comparisons are read, so nothing of this is kept in the cache.
+    The three answers are samples. The win probabilities are those of the current answer over the other two.
+    Only the first records of the comparisons are read, so nothing of this is kept in the cache.
     """
     folder = Path(experiment["path"]) / f"iter{experiment['state']['last_evaluated']}" / "eval"
     rows = {}
     for name in ("start", "previous"):
-        found = measured(comparison_rows, folder / f"vs_{name}.jsonl", limit=num_prompts)
-        for prompt_id, row in found["figures"].items():
-            rows.setdefault(prompt_id, {"prompt": row["prompt"], "current": row["response"]}).update(
-                {name: row["baseline"], f"win_prob_{name}": row["win_prob"]}
-            )
+        comparisons = whole_records(folder / f"vs_{name}.jsonl", [], Comparison)
+        for record in itertools.islice(comparisons, num_prompts):
+            ours, theirs = record["samples"]
+            row = rows.setdefault(record["prompt_id"], {"prompt": record["prompt"], "current": ours})
+            row |= {name: theirs, f"win_prob_{name}": record["win_probs"][0][1]}
     return list(rows.values())[:num_prompts]

@@ -4,16 +4,14 @@ An experiment's records are hundreds of megabytes, of which a report needs a few
 these from report to report: a file whose size and modification time have not changed is not read again.
 """
 
-import itertools
 import json
 import math
-import os
 import statistics
 from collections import Counter
 from pathlib import Path
 
 from records import Record, read
-from utils import StageError, dump_json, fingerprint, write_text
+from utils import StageError, dump_json, fingerprint
 
 STEP_POINTS = 40  # points of one iteration in a training plot: a curve, not every step of it
 
@@ -30,21 +28,20 @@ def read_json(path: Path, kind: type = dict):
     return found if isinstance(found, kind) else kind()
 
 
-def whole_records(path, damage):
+def whole_records(path, damage, schema=Record):
     """Yield a JSONL file's records up to the first that is not whole; what is wrong with that is added to `damage`."""
     try:
-        yield from read(path, Record)
+        yield from read(path, schema)
     except (StageError, OSError) as error:
         damage.append(str(error))
 
 
-def measured(measure, *paths, **options) -> dict:
+def measured(measure, paths) -> dict:
     """{figures: what `measure` finds in the records of these files, damage: what is wrong with the files}."""
-    damage = []
+    figures, damage = {}, []
     try:
-        figures = measure(*(whole_records(path, damage) for path in paths), **options)
+        figures = measure(*(whole_records(path, damage) for path in paths))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        figures = {}
         damage.append(f"{paths[0]}: these are not the fields that this file should have ({error!r})")
     return {"figures": figures, "damage": damage}
 
@@ -53,14 +50,15 @@ class Files:
     """The files of one experiment, of which each JSONL file is read at most once.
 
     Args:
-        kept: what `read_cache` has found
+        kept: the cache, what an earlier report has `used`
 
     Attributes:
-        used: the figures of this report, in the form of the cache
+        used: the figures of this report, {what was measured, of which files: {figures, damage}}
     """
 
     def __init__(self, kept: dict):
         self.kept, self.used, self.damaged = kept, {}, []
+        self.code = fingerprint(Path(__file__))  # another version of the functions below may measure something else
 
     def json(self, path: Path, kind: type = dict):
         """`read_json`, which notes a damaged file."""
@@ -72,37 +70,17 @@ class Files:
     def figures(self, measure, *paths: Path) -> dict:
         """What `measure` finds in the records of these files; nothing when one is missing or unreadable."""
         try:
-            stamp = [[found.st_size, found.st_mtime_ns] for found in map(os.stat, paths)]
+            stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         except OSError:
             return {}
-        key = " ".join([measure.__name__, *(str(path.resolve()) for path in paths)])
-        entry = self.kept.get(key)
-        if not entry or entry["stamp"] != stamp:
-            entry = {"stamp": stamp} | measured(measure, *paths)
-        self.used[key] = entry
-        return entry["figures"]
+        key = dump_json([self.code, measure.__name__, *stamps])
+        self.used[key] = self.kept.get(key) or measured(measure, paths)
+        return self.used[key]["figures"]
 
     def unread(self) -> list:
         """What was wrong with the files, but for a line of metrics.jsonl, which is still being written."""
-        entries = [entry for key, entry in self.used.items() if not key.endswith("metrics.jsonl")]
+        entries = [entry for key, entry in self.used.items() if "/metrics.jsonl" not in key]
         return self.damaged + [message for entry in entries for message in entry["damage"]]
-
-
-def code() -> str:
-    """Tells this version of the functions below from others, which may measure something else."""
-    return fingerprint(Path(__file__))
-
-
-def read_cache(path: Path) -> dict:
-    """The figures that an earlier report has written; none where another version of this file did."""
-    cache = read_json(path)
-    return cache["figures"] if cache.get("code") == code() else {}
-
-
-def write_cache(path: Path, experiments: list):
-    """Keep the figures that the Files of this report have used, and no others."""
-    used = {key: entry for files in experiments for key, entry in files.used.items()}
-    write_text(path, dump_json({"code": code(), "figures": used}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- figures of one file
@@ -204,24 +182,3 @@ def stage_seconds(records) -> dict:
     for record in records:
         seconds[record["stage"]] += record["seconds"]
     return dict(seconds)
-
-
-def comparison_rows(records, limit: int) -> dict:
-    """A comparison file: {prompt_id: {prompt, response, baseline, win_prob}} of its first records."""
-
-    def sample(found):
-        return {
-            "text": found["text"],
-            "tokens": len(found["token_ids"]) if "token_ids" in found else None,
-            "truncated": found.get("finish_reason") == "length",
-        }
-
-    return {
-        record["prompt_id"]: {
-            "prompt": record["prompt"],
-            "response": sample(record["samples"][0]),
-            "baseline": sample(record["samples"][1]),
-            "win_prob": record["win_probs"][0][1],
-        }
-        for record in itertools.islice(records, limit)
-    }

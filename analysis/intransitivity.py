@@ -136,50 +136,32 @@ def draw(figures: dict, strengths: np.ndarray, odds: np.ndarray) -> str:
     Args:
         figures, strengths (T,), odds (N, 2): see `measure`
     """
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     with plot_style("intransitivity"):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        draw_cycles(left, figures, strengths)
-        draw_log_odds(right, figures, odds)
+        _, bins, bars = left.hist(strengths, bins=np.linspace(0, 1, 41), color=COLOURS[0])
+        for edge, bar in zip(bins, bars):
+            if edge >= 0.5 - 1e-9:  # a cycle
+                bar.set_color(COLOURS[1])
+        left.axvline(0.5 + figures["margin"], color="#5c6166", linewidth=1, linestyle=(0, (4, 2)))
+        left.set(xlabel="probability of the weakest step of the cycle", ylabel="triples of responses", xlim=(0, 1))
+        shares = [100 * figures[name] for name in ("cyclic_triples", "cyclic_triples_with_margin", "cyclic_part")]
+        left.set_title("{:.1f} % are cycles (red), {:.1f} % beyond the margin".format(*shares[:2]), fontsize=9.5)
+
+        odds = np.where(odds[:, 1:] < 0, -odds, odds)  # each pair in the direction that Bradley-Terry prefers
+        limit = odds.max()
+        look = dict(gridsize=40, mincnt=1, norm=LogNorm(), cmap="Blues", edgecolors="#8fb3c4", linewidths=0.3)
+        found = right.hexbin(odds[:, 1], odds[:, 0], **look)
+        right.plot([0, limit], [0, limit], color=COLOURS[1], linewidth=1)
+        right.set(xlabel="log-odds of the nearest Bradley-Terry model", ylabel="the judge's log-odds")
+        right.set_title(f"{shares[2]:.1f} % of the squares are not explained", fontsize=9.5)
+        figure.colorbar(found, ax=right, label="pairs of responses")
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
-            axes.title.set_fontsize(9.5)
         return svg_file(figure)
-
-
-def draw_cycles(axes, figures, strengths):
-    """The histogram of cycle strengths, those of cycles in red."""
-    _, bins, bars = axes.hist(strengths, bins=np.linspace(0, 1, 41), color=COLOURS[0])
-    for edge, bar in zip(bins, bars):
-        if edge >= 0.5 - 1e-9:
-            bar.set_color(COLOURS[1])
-    axes.axvline(0.5 + figures["margin"], color="#5c6166", linewidth=1, linestyle=(0, (4, 2)))
-    axes.set(
-        xlabel="probability of the weakest step of the cycle",
-        ylabel="triples of responses",
-        xlim=(0, 1),
-        title=f"{100 * figures['cyclic_triples']:.1f} % are cycles (red), "
-        f"{100 * figures['cyclic_triples_with_margin']:.1f} % beyond the margin",
-    )
-
-
-def draw_log_odds(axes, figures, odds):
-    """The judge's log-odds against those of the nearest Bradley-Terry model, and the line where they are equal."""
-    from matplotlib.colors import LogNorm
-
-    odds = np.where(odds[:, 1:] < 0, -odds, odds)  # each pair in the direction that Bradley-Terry prefers
-    limit = odds.max()
-    look = dict(gridsize=40, mincnt=1, norm=LogNorm(), cmap="Blues", edgecolors="#8fb3c4", linewidths=0.3)
-    found = axes.hexbin(odds[:, 1], odds[:, 0], **look)
-    axes.plot([0, limit], [0, limit], color=COLOURS[1], linewidth=1)
-    axes.set(
-        xlabel="log-odds of the nearest Bradley-Terry model",
-        ylabel="the judge's log-odds",
-        title=f"{100 * figures['cyclic_part']:.1f} % of the squares are not explained",
-    )
-    axes.figure.colorbar(found, ax=axes, label="pairs of responses")
 
 
 def main(input: str, output: str = "", margin: float = 0.1, seed: int = 0):
@@ -226,15 +208,11 @@ def print_figures(figures: dict):
     ):
         low, high = figures[f"{name}_interval"]
         print(f"{label:32}{100 * figures[name]:7.2f}   [{100 * low:.2f}, {100 * high:.2f}]   {note}")
-    found = figures["cyclic_triples_with_margin_interval"][0] > 0
-    print(
-        "\nThe judge "
-        + (
-            f"is intransitive: it has cycles in which each step is won with more than {margin}."
-            if found
-            else f"shows no cycle in which each step is won with more than {margin}, or too few to tell."
-        )
-    )
+    if figures["cyclic_triples_with_margin_interval"][0] > 0:
+        verdict = f"is intransitive: it has cycles in which each step is won with more than {margin}."
+    else:
+        verdict = f"shows no cycle in which each step is won with more than {margin}, or too few to tell."
+    print(f"\nThe judge {verdict}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from analysis.bootstrap import interval
 from utils import StageError, check_input, derive_seed, first_line, log
 
 NUM_FOLDS = 5
@@ -85,36 +86,28 @@ def length_controlled_win_rate(
     if gamed is not None and difficulty is None:
         raise ValueError("gamed baselines need the difficulties of the instructions")
     kind = "minimal" if difficulty is None else "noreg" if gamed is None else "v1"
-    told = {"with_difficulty": difficulty is not None, "model": f"length_controlled_{kind}"}
     delta = baseline_length - length
     equal = len(delta) > 0 and np.ptp(delta) == 0
-    reason = (
-        f"it needs {NUM_FOLDS} prompts"
-        if len(delta) < NUM_FOLDS
-        else "all differences in length are equal"
-        if equal and delta[0] != 0
-        else ""
-    )
-    if reason:
-        log.warning("there is no length-controlled win rate: %s", reason)
-        return _named(win_rate=None, interval=None, standard_error=None, **told)
-    scaled = delta if equal else delta / delta.std(ddof=1)
-    design = np.column_stack([np.tanh(scaled), *gamma, np.ones(len(delta))])  # (N, 2 or 3)
-    fit = _Fit(design, preference, gamed)
-    predicted = fit.at_equal_length(np.ones(len(delta)))  # (N,)
-    if (predicted == 0.5).all():
-        log.warning(
-            "the regression's penalty left nothing but a length-controlled win rate of 1/2; more prompts may say more"
-        )
-    return _named(
-        win_rate=float(predicted.mean()),
-        interval=_bootstrap(fit, len(delta), seed, num_bootstrap),
-        standard_error=float(predicted.std(ddof=1) / np.sqrt(len(delta))) if gamma else None,
-        **told,
-    )
-
-
-def _named(**figures):
+    figures = dict(win_rate=None, interval=None, standard_error=None)
+    if len(delta) < NUM_FOLDS:
+        log.warning("there is no length-controlled win rate: it needs %d prompts", NUM_FOLDS)
+    elif equal and delta[0] != 0:
+        log.warning("there is no length-controlled win rate: all differences in length are equal")
+    else:
+        scaled = delta if equal else delta / delta.std(ddof=1)
+        design = np.column_stack([np.tanh(scaled), *gamma, np.ones(len(delta))])  # (N, 2 or 3)
+        fit = _Fit(design, preference, gamed)
+        predicted = fit.at_equal_length(np.ones(len(delta)))  # (N,)
+        if (predicted == 0.5).all():
+            log.warning(
+                "the regression's penalty left nothing but a length-controlled win rate of 1/2; more prompts may say "
+                "more"
+            )
+        figures["win_rate"] = float(predicted.mean())
+        figures["interval"] = _bootstrap(fit, len(delta), seed, num_bootstrap)
+        if gamma:
+            figures["standard_error"] = float(predicted.std(ddof=1) / np.sqrt(len(delta)))
+    figures |= {"with_difficulty": difficulty is not None, "model": f"length_controlled_{kind}"}
     return {f"length_controlled_{name}": value for name, value in figures.items()}
 
 
@@ -166,7 +159,7 @@ def _bootstrap(fit, size, seed, num_bootstrap):
         size, np.full(size, 1 / size), size=num_bootstrap
     )  # (num_bootstrap, N): how often each prompt is drawn
     means = [np.average(fit.at_equal_length(count), weights=count) for count in counts]
-    return np.percentile(means, [2.5, 97.5]).tolist()
+    return interval(means).tolist()
 
 
 def read_difficulty(path: str | Path, prompt_ids: Sequence[str]) -> tuple[np.ndarray, Gamed | None]:

@@ -6,7 +6,6 @@
 """
 
 import itertools
-import json
 import os
 import re
 from pathlib import Path
@@ -16,11 +15,12 @@ import numpy as np
 from analysis import nash
 from analysis.bootstrap import interval, resampled_means
 from analysis.comparisons import wins
+from analysis.figures import read_json
 from analysis.plots import as_text, plot_style, svg, svg_file
 from records import Comparison, read
-from utils import StageError, fingerprint, run
+from utils import StageError, check_input, fingerprint, run
 
-MEASURES = ("mean_win_prob", "win_rate")
+MEASURES = {"mean_win_prob": "mean win probability", "win_rate": "win rate"}
 
 
 def short_names(paths: list) -> list:
@@ -81,27 +81,25 @@ def play(probs, total: int, measure: str = "mean_win_prob", seed: int = 0, num_b
         best: see `best_worst_case`.
     """
     values = probs if measure == "mean_win_prob" else wins(probs)  # (K, K, N)
-    count, num_prompts = len(values), values.shape[2]
+    count, _, num_prompts = values.shape
     win = values.mean(axis=2)  # (K, K)
     drawn = resampled_means(values, "matrix", seed, num_bootstrap)  # (K, K, num_bootstrap)
-    low, high = interval(drawn)
-    others = np.where(np.eye(count, dtype=bool)[:, :, None], np.inf, drawn)
-    worst_drawn = others.min(axis=1)  # (K, num_bootstrap)
-    worst_low, worst_high = interval(worst_drawn)  # (K,)
-    off_diagonal = lambda entry: [[None if i == j else entry(i, j) for j in range(count)] for i in range(count)]
+    bounds = np.moveaxis(interval(drawn), 0, -1)  # (K, K, 2)
+    worst_drawn = np.where(np.eye(count, dtype=bool)[:, :, None], np.inf, drawn).min(axis=1)  # (K, num_bootstrap)
+    worst_bounds = interval(worst_drawn).T  # (K, 2)
+    off_diagonal = lambda table: [[None if i == j else p for j, p in enumerate(row)] for i, row in enumerate(table)]
     worst = nash.worst_case(win)
     return {
         "num_prompts": num_prompts,
         "num_left_out": total - num_prompts,
-        "win": off_diagonal(lambda i, j: float(win[i, j])),
-        "win_interval": off_diagonal(lambda i, j: [float(low[i, j]), float(high[i, j])]),
+        "win": off_diagonal(win.tolist()),
+        "win_interval": off_diagonal(bounds.tolist()),
         "nash_mixture": nash.nash_mixture(win).tolist(),
         "worst_case": [
-            {"against": j, "win": value, "interval": [float(worst_low[i]), float(worst_high[i])]}
-            for i, (j, value) in enumerate(worst)
+            {"against": j, "win": value, "interval": own} for (j, value), own in zip(worst, worst_bounds.tolist())
         ],
         "last_duality_gap": 1 - 2 * worst[-1][1],
-        "last_duality_gap_interval": [1 - 2 * float(worst_high[-1]), 1 - 2 * float(worst_low[-1])],
+        "last_duality_gap_interval": (1 - 2 * worst_bounds[-1, ::-1]).tolist(),
         "best": best_worst_case([value for _, value in worst], worst_drawn),
     }
 
@@ -121,13 +119,12 @@ def best_worst_case(worst: list[float], drawn: np.ndarray) -> dict:
         not_distinguishable: numbers of other players
     """
     best = int(np.argmax(worst))
-    low, high = interval(drawn[best] - drawn)  # (K,)
-    others = [i for i in range(len(worst)) if i != best]
+    bounds = interval(drawn[best] - drawn).T.tolist()  # (K, 2)
     return {
         "player": best,
         "lead": [None if i == best else worst[best] - value for i, value in enumerate(worst)],
-        "lead_interval": [None if i == best else [float(low[i]), float(high[i])] for i in range(len(worst))],
-        "not_distinguishable": [i for i in others if low[i] <= 0],
+        "lead_interval": [None if i == best else own for i, own in enumerate(bounds)],
+        "not_distinguishable": [i for i, (low, _) in enumerate(bounds) if i != best and low <= 0],
     }
 
 
@@ -154,15 +151,14 @@ def print_matrix(result: dict):
             + f"{100 * worst['win']:9.1f}{share:8.3f}"
         )
     last, (low, high) = result["worst_case"][-1], result["worst_case"][-1]["interval"]
-    verdict = (
-        "wins at least half against every other"
-        if low >= 0.5
-        else "won at least half against every other; one half lies in the interval"
-        if last["win"] >= 0.5
-        else "may win half against every other: one half lies in the interval"
-        if high >= 0.5
-        else "does not win half against every other"
-    )
+    if low >= 0.5:
+        verdict = "wins at least half against every other"
+    elif last["win"] >= 0.5:
+        verdict = "won at least half against every other; one half lies in the interval"
+    elif high >= 0.5:
+        verdict = "may win half against every other: one half lies in the interval"
+    else:
+        verdict = "does not win half against every other"
     print(
         f"\n{names[-1]} {verdict}. Its worst: {100 * last['win']:.1f} % against {names[last['against']]} "
         f"(95 % interval of the worst over all: {100 * low:.1f} to {100 * high:.1f})"
@@ -221,8 +217,10 @@ def draw_matrix(result: dict, whole_file: bool = False) -> str:
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         if whole_file:
-            kind = "mean win probability" if result["measure"] == "mean_win_prob" else "win rate"
-            axes.set_title(f"{kind}, %: row against column\n{result['num_prompts']} prompts, both orders", fontsize=9.5)
+            title = (
+                f"{MEASURES[result['measure']]}, %: row against column\n{result['num_prompts']} prompts, both orders"
+            )
+            axes.set_title(title, fontsize=9.5)
             return svg_file(figure)
         return svg(figure, "All against all")
 
@@ -235,12 +233,9 @@ def main(matrix: list):
     """
     if len(matrix) != 1:
         raise StageError(f"name one file that eval.py matrix wrote, got {len(matrix)}")
-    try:
-        result = json.loads(Path(matrix[0]).read_bytes())
-        complete = isinstance(result, dict) and {"names", "worst_case"} <= set(result)
-    except ValueError:
-        complete = False
-    if not complete:
+    check_input(matrix[0])
+    result = read_json(Path(matrix[0]))
+    if not {"names", "worst_case"} <= result.keys():
         raise StageError(f"{matrix[0]} is not a result of eval.py matrix")
     if "best" not in result:
         raise StageError(f"{matrix[0]} does not have the answer; run eval.py matrix again, which keeps the judgements")

@@ -5,30 +5,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from analysis.contents import COLUMNS, SECTIONS
-from analysis.matrix import draw_matrix, picture_size
-from analysis.plots import (
-    GREY,
-    OTHER_STAGE,
-    STAGE_COLOURS,
-    as_text,
-    draw_lines,
-    draw_times,
-    has_data,
-    series,
-    stage_names,
-)
+from analysis.matrix import MEASURES, draw_matrix, picture_size
+from analysis.plots import GREY, OTHER_STAGE, STAGE_COLOURS, as_text, draw_lines, draw_times, known, stage_names
 
 
 def index_html(experiments: list) -> str:
     """The report's page."""
-    begun = any(experiment["iterations"] for experiment in experiments)
     return render(
         "index.html.j2",
         title="COMAL: " + ", ".join(experiment["name"] for experiment in experiments),
-        experiments=list(map(top, experiments)),
-        several=len(experiments) > 1,
+        experiments=experiments,
+        progress=progress,
+        headline=headline,
+        sections=sections,
         any_moved=any(row["reference_moved"] for experiment in experiments for row in experiment["iterations"]),
-        sections=sections(experiments) if begun else [],
         matrices=[matrix(experiment) for experiment in experiments if experiment["matrix"]],
         table=iterations_table(experiments),
         settings=settings_rows(experiments),
@@ -37,7 +27,7 @@ def index_html(experiments: list) -> str:
 
 def responses_html(experiments: list, responses: Iterable) -> str:
     """The page of responses, of which `experiment.read_responses` has read some for each experiment."""
-    return render("responses.html.j2", title="COMAL: responses", experiments=list(map(columns, experiments, responses)))
+    return render("responses.html.j2", title="COMAL: responses", experiments=list(zip(experiments, responses)))
 
 
 def render(template: str, **values) -> str:
@@ -62,24 +52,6 @@ def interval(bounds, scale=1):
 # ---------------------------------------------------------------------------------------------- the top
 
 
-def top(experiment: dict) -> dict:
-    """What was run, how far it is, and the headline figures."""
-    settings = experiment["settings"]
-    facts = [
-        ("method", settings.get("METHOD_TITLE") or settings.get("METHOD")),
-        *((name, settings.get(key)) for name, key in (("model", "MODEL"), ("judge", "JUDGE"), ("fork of", "FROM"))),
-    ]
-    return {
-        "name": experiment["name"],
-        "colour": experiment["colour"],
-        "facts": [(name, value) for name, value in facts if value],
-        "progress": progress(experiment),
-        "last_evaluated": experiment["state"]["last_evaluated"],
-        "cards": headline(experiment),
-        "unread": experiment["unread"],
-    }
-
-
 def progress(experiment: dict) -> str:
     """One sentence about how far the experiment is."""
     found, rows = experiment["state"], experiment["iterations"]
@@ -92,10 +64,8 @@ def progress(experiment: dict) -> str:
 
 
 def headline(experiment: dict) -> list:
-    """[(label, figure, note)] of the last evaluated iteration."""
+    """[(label, figure, note)] of the last evaluated iteration, which there is."""
     last, start = experiment["state"]["last_evaluated"], experiment["start"]
-    if last is None:
-        return []
     rows = {row["iteration"]: row for row in experiment["iterations"]}
     row = rows[last]
     cards = [
@@ -127,80 +97,73 @@ def headline(experiment: dict) -> list:
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def picture(title, legend, svg, caption, width=None):
-    """A plot with what stands around it, for the template."""
-    return {"title": title, "legend": legend, "svg": svg, "caption": caption, "width": width}
+# A picture is (title, legend, SVG, caption) and perhaps its greatest width in pixels, as the template's macro `figure`
+# takes it; a legend is a list of (kind of mark, colour, label).
 
 
-def entry(kind, colour, label):
-    """One entry of a legend."""
-    return {"kind": kind, "colour": colour, "label": label}
+def names_legend(experiments, shown):
+    """The names of those that are shown, where there are several experiments."""
+    return [("dot", experiment["colour"], experiment["name"]) for experiment in shown if len(experiments) > 1]
 
 
-def names_legend(experiments):
-    """The names of the experiments, where there are several."""
-    return [entry("dot", experiment["colour"], experiment["name"]) for experiment in experiments]
-
-
-def line_legend(plot, experiments, shown):
-    """Names where there are several experiments, and what the lines are; `shown` are those that have data."""
-    entries = names_legend(shown) if len(experiments) > 1 else []
+def line_legend(plot, experiments):
+    """Names where there are several experiments, and what the lines are, as far as there is data."""
+    shown = [experiment for experiment in experiments if any(known(line, experiment) for line in plot.lines)]
+    legend = names_legend(experiments, shown)
     colour = experiments[0]["colour"] if len(experiments) == 1 else GREY
     for line in plot.lines:
-        if any(series(line, experiment, 1)[0] for experiment in shown):
-            entries.append(entry(line.style, colour, line.label))
-    if plot.start and any(experiment["start"].get(plot.start) is not None for experiment in shown):
-        entries.append(entry("dotted", colour, "the initial policy"))
-    return entries
+        if any(known(line, experiment) for experiment in shown):
+            legend.append((line.style, colour, line.label))
+    if any(experiment["start"].get(plot.start) is not None for experiment in shown):
+        legend.append(("dotted", colour, "the initial policy"))
+    return legend
 
 
 def sections(experiments: list) -> list:
-    """[{title, plots, missing}]: plots without data are named in one line each."""
+    """[(title, pictures, messages)]: each plot without data is named in a message."""
     found = []
     for title, plots in SECTIONS.items():
         pictures, missing = times(experiments) if title == "Time" else ([], [])
         for plot in plots:
-            shown = [experiment for experiment in experiments if has_data(plot, [experiment])]
-            if not shown:
-                missing.append(f"{plot.title}: {plot.missing}")
-            elif plot.lines[0].field == "skipped" and not any(row["skipped"] for e in shown for row in e["iterations"]):
-                missing.append(f"{plot.title}: No record has been skipped so far.")
+            values = [row[line.field] for line in plot.lines for each in experiments for row in known(line, each)]
+            if any(values) or (values and not plot.hide_zeros):
+                svg = draw_lines(plot, experiments)
+                pictures.append((plot.title, line_legend(plot, experiments), svg, plot.caption))
             else:
-                legend = line_legend(plot, experiments, shown)
-                pictures.append(picture(plot.title, legend, draw_lines(plot, experiments), plot.caption))
-        found.append({"title": title, "plots": pictures, "missing": missing})
+                missing.append(f"{plot.title}: {plot.missing}")
+        found.append((title, pictures, missing))
     return found
 
 
 def times(experiments: list) -> tuple:
-    """([the bars of the time by stage], [a line when there are none])."""
+    """([the bars of the time by stage], [a message when there are none])."""
     names = stage_names(experiments)
     if not names:
         return [], ["Time by stage: No stage has ended yet (logs/times.jsonl)."]
     shown = [experiment for experiment in experiments if any(row["seconds"] for row in experiment["iterations"])]
-    legend = names_legend(shown) if len(experiments) > 1 else []
-    legend += [entry("block", STAGE_COLOURS.get(name, OTHER_STAGE), name.replace("_", " ")) for name in names]
+    legend = names_legend(experiments, shown)
+    legend += [("block", STAGE_COLOURS.get(name, OTHER_STAGE), name.replace("_", " ")) for name in names]
     caption = "Minutes of each stage, one bar for each iteration. The times of a stage that ran more than once add up."
     if len(shown) > 1:
         caption += " The cap of a bar has its experiment's colour."
-    return [picture("Time by stage", legend, draw_times(shown), caption)], []
+    return [("Time by stage", legend, draw_times(shown), caption)], []
 
 
-def matrix(experiment: dict) -> dict:
-    """The newest matrix of an experiment and what it says about the last checkpoint."""
+def matrix(experiment: dict) -> tuple:
+    """The picture of the newest matrix of an experiment, and what it says about the last checkpoint."""
     result = experiment["matrix"]
     names, last = result["names"], result["worst_case"][-1]
     mixture = ", ".join(
         f"{name} {as_text(share, 2)}" for name, share in zip(names, result["nash_mixture"]) if share > 0.005
     )
-    kind = "mean win probability" if result["measure"] == "mean_win_prob" else "win rate"
     caption = (
-        f"The {kind} of the row against the column in %, on {result['num_prompts']} prompts in both orders. The worst "
-        f"result of {names[-1]} is {as_text(last['win'], 1, 100)} % against {names[last['against']]} (95 % interval of "
-        f"its worst over all opponents: {interval(last['interval'], 100)}). A Nash mixture of these players: {mixture}."
+        f"The {MEASURES[result['measure']]} of the row against the column in %, on {result['num_prompts']} prompts in "
+        f"both orders. The worst result of {names[-1]} is {as_text(last['win'], 1, 100)} % against "
+        f"{names[last['against']]} (95 % interval of its worst over all opponents: {interval(last['interval'], 100)}). "
+        f"A Nash mixture of these players: {mixture}."
     )
     width = round(100 * picture_size(names))  # pixels: its letters are as large as those of the other plots
-    return picture(experiment["name"], [], draw_matrix(result), caption, width)
+    return experiment["name"], [], draw_matrix(result), caption, width
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -209,29 +172,24 @@ def matrix(experiment: dict) -> dict:
 def iterations_table(experiments: list) -> dict:
     """{columns, rows: [{iteration, moved, round_ends, cells}]}: all main figures, one cell for each experiment."""
     found = [{row["iteration"]: row for row in experiment["iterations"]} for experiment in experiments]
-    columns = [
-        column for column in COLUMNS if any(row[column.field] is not None for rows in found for row in rows.values())
-    ]
-    bests = {
-        (column.field, place): column.best(known)
-        for column in columns
-        if column.best
-        for place, rows in enumerate(found)
-        if (known := [row[column.field] for row in rows.values() if row[column.field] is not None])
-    }
+    columns, bests = [], []  # of each column the best figure of each experiment
+    for column in COLUMNS:
+        values = [[row[column.field] for row in rows.values() if row[column.field] is not None] for rows in found]
+        if any(values):
+            columns.append(column)
+            bests.append([column.best(own) if column.best and own else None for own in values])
     table = []
     for iteration in sorted(set().union(*found)):
         here = [rows.get(iteration) for rows in found]
-        known = [(row, experiment["colour"]) for row, experiment in zip(here, experiments) if row]
         table.append(
             {
                 "iteration": iteration,
-                "moved": [colour for row, colour in known if row["reference_moved"]],
-                "round_ends": any(row["round_ends"] for row, _ in known),
+                "moved": [each["colour"] for row, each in zip(here, experiments) if row and row["reference_moved"]],
+                "round_ends": any(row["round_ends"] for row in here if row),
                 "cells": [
-                    cell(column, row, bests.get((column.field, place)))
-                    for column in columns
-                    for place, row in enumerate(here)
+                    cell(column, row, best)
+                    for column, own_bests in zip(columns, bests)
+                    for row, best in zip(here, own_bests)
                 ],
             }
         )
@@ -239,47 +197,21 @@ def iterations_table(experiments: list) -> dict:
 
 
 def cell(column, row, best):
-    """A figure of an iteration; an empty cell where the experiment has no such iteration."""
+    """(figure, its interval, whether it is the best) of an iteration; empty where the experiment has no such one."""
     if row is None:
-        return {"text": "", "interval": "", "best": False}
+        return "", "", False
     value = row[column.field]
     if column.field == "weights":
-        return {"text": "kept" if value else "–", "interval": "", "best": False}
+        return "kept" if value else "–", "", False
     text, bounds = as_text(value, column.decimals, column.scale), row[column.band] if column.band else None
-    return {"text": text, "interval": interval(bounds, column.scale), "best": best is not None and value == best}
+    return text, interval(bounds, column.scale), best is not None and value == best
 
 
 def settings_rows(experiments: list) -> list:
-    """[{name, texts, differs}]: run.json, one value for each experiment."""
+    """[(name, texts, whether they differ)]: run.json, one value for each experiment; of a hash the first digits."""
     rows = []
     for name in dict.fromkeys(name for experiment in experiments for name in experiment["settings"]):
         values = [experiment["settings"].get(name, "–") for experiment in experiments]
-        rows.append({"name": name, "texts": list(map(shorter, values)), "differs": len(set(values)) > 1})
+        texts = [value[:12] + "…" if re.fullmatch("[0-9a-f]{64}", value) else value for value in values]
+        rows.append((name, texts, len(set(values)) > 1))
     return rows
-
-
-def shorter(value):
-    """A hash by its first digits, everything else whole."""
-    return value[:12] + "…" if re.fullmatch("[0-9a-f]{64}", value) else value
-
-
-# ---------------------------------------------------------------------------------------------- responses
-
-
-def columns(experiment, responses):
-    """An experiment's name, colour and rows: {prompt, answers: [(title, answer or None, win probability or None)]},
-    where the win probability is that of the current answer over this one."""
-    last = experiment["state"]["last_evaluated"]
-    before = f"previous iteration ({last - 1})" if last else "previous iteration (the initial policy)"
-    rows = [
-        {
-            "prompt": row["prompt"],
-            "answers": [
-                ("initial policy", row.get("start"), row.get("win_prob_start")),
-                (before, row.get("previous"), row.get("win_prob_previous")),
-                (f"iteration {last} (current)", row["current"], None),
-            ],
-        }
-        for row in responses
-    ]
-    return {"name": experiment["name"], "colour": experiment["colour"], "rows": rows}

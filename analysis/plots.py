@@ -23,40 +23,35 @@ STAGE_COLOURS = {
 }
 OTHER_STAGE = "#9aa0a6"
 GREY = "#5c6166"  # of text beside plots
-
-
 STYLES = {
-    "solid": {"linewidth": 1.8, "marker": "o", "markersize": 3.2},
-    "thin": {"linewidth": 0.8},
-    "dashed": {"linewidth": 1.4, "linestyle": (0, (4, 2)), "marker": "o", "markersize": 4, "markerfacecolor": "white"},
-    "points": {
-        "linestyle": "none",
-        "marker": "o",
-        "markersize": 4.2,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.7,
-        "zorder": 4,
-    },
+    "solid": dict(linewidth=1.8, marker="o", markersize=3.2),
+    "thin": dict(linewidth=0.8),
+    "dashed": dict(linewidth=1.4, linestyle=(0, (4, 2)), marker="o", markersize=4, markerfacecolor="white"),
+    "points": dict(
+        linestyle="none", marker="o", markersize=4.2, markeredgecolor="white", markeredgewidth=0.7, zorder=4
+    ),
 }
+
+
+def known(line: Line, experiment: dict) -> list:
+    """The rows where a figure is known."""
+    return [row for row in experiment[line.source] if row[line.field] is not None]
 
 
 def series(line: Line, experiment: dict, scale: float) -> tuple:
     """([x], [y], [(low, high)] or []) of the rows where the figure is known."""
-    rows = [row for row in experiment[line.source] if row[line.field] is not None]
-    bands = bool(line.band and all(row[line.band] for row in rows))
-    points = []  # (x, y, band), and one without values where an iteration is missing: no line goes across
+    rows = known(line, experiment)
+    with_bands = bool(line.band) and all(row[line.band] for row in rows)
+    xs, ys, bands = [], [], []
     for row in rows:
-        if points and row["iteration"] - points[-1][0] > 1.001:
-            points.append((row["iteration"] - 0.5, math.nan, [math.nan, math.nan]))
-        points.append(
-            (row["iteration"], scale * row[line.field], [scale * bound for bound in row[line.band]] if bands else None)
-        )
-    xs, ys, intervals = map(list, zip(*points)) if points else ([], [], [])
-    return xs, ys, intervals if bands else []
-
-
-def has_data(plot: Plot, experiments: list) -> bool:
-    return any(series(line, experiment, 1)[0] for line in plot.lines for experiment in experiments)
+        if xs and row["iteration"] - xs[-1] > 1.001:  # an iteration is missing: no line goes across
+            xs.append(row["iteration"] - 0.5)
+            ys.append(math.nan)
+            bands.append([math.nan, math.nan])
+        xs.append(row["iteration"])
+        ys.append(scale * row[line.field])
+        bands.append([scale * bound for bound in row[line.band]] if with_bands else [])
+    return xs, ys, bands if with_bands else []
 
 
 def new_axes(unit: str) -> tuple:
@@ -123,18 +118,10 @@ def draw_marks(axes, experiments, offset):
     rows = [(row, experiment["colour"]) for experiment in experiments for row in experiment["iterations"]]
     for place in sorted({row["iteration"] for row, _ in rows if row["round_ends"]}):
         axes.axvline(place + offset, color="#d4d1c9", linewidth=0.9, zorder=0)
+    look = dict(markersize=5.5, clip_on=False, zorder=5, transform=axes.get_xaxis_transform())
     for row, colour in rows:
         if row["reference_moved"]:
-            axes.plot(
-                row["iteration"] + offset,
-                0,
-                "^",
-                color=colour,
-                markersize=5.5,
-                clip_on=False,
-                zorder=5,
-                transform=axes.get_xaxis_transform(),
-            )
+            axes.plot(row["iteration"] + offset, 0, "^", color=colour, **look)
 
 
 def draw_lines(plot: Plot, experiments: list) -> Markup:
@@ -169,9 +156,9 @@ def draw_lines(plot: Plot, experiments: list) -> Markup:
 
 
 def cut_axis(axes, plot, experiments):
-    """Let the axis end a little above all but the highest 2 % of the values, where these are far above the others."""
-    found = [series(line, experiment, plot.scale)[1] for experiment in experiments for line in plot.lines]
-    values = sorted(y for ys in found for y in ys if not math.isnan(y))
+    """Let the axis end a little above all but the highest 2 % of the values, where these are far above the others; for
+    plots whose scale is 1."""
+    values = sorted(row[line.field] for each in experiments for line in plot.lines for row in known(line, each))
     top = 1.3 * max(plot.level, values[int(0.98 * (len(values) - 1))])
     if top < values[-1]:
         axes.set_ylim(values[0] - 0.05 * (top - values[0]), top)
@@ -199,14 +186,10 @@ def draw_times(experiments: list) -> Markup:
                 axes.bar(xs, heights, 0.9 * width, bottom, color=STAGE_COLOURS.get(name, OTHER_STAGE))
                 bottom = [low + height for low, height in zip(bottom, heights)]
             if len(experiments) > 1:
-                caps = [(x, y) for x, y in zip(xs, bottom) if y]
-                axes.hlines(
-                    [y for _, y in caps],
-                    [x - 0.45 * width for x, _ in caps],
-                    [x + 0.45 * width for x, _ in caps],
-                    color=experiment["colour"],
-                    linewidth=2.5,
-                )
+                tops = [y for y in bottom if y]
+                left = [x - 0.45 * width for x, y in zip(xs, bottom) if y]
+                right = [x + 0.45 * width for x, y in zip(xs, bottom) if y]
+                axes.hlines(tops, left, right, color=experiment["colour"], linewidth=2.5)
         highest = max(sum(row["seconds"].values()) for e in experiments for row in e["iterations"]) / 60
         axes.set(xlim=(min(numbers) - 0.5, max(numbers) + 0.5), ylim=(0, 1.08 * highest or 1))
         draw_marks(axes, experiments, 0.5)

@@ -10,62 +10,26 @@ is loaded. Output, in DIR (of one experiment: exps/NAME/report):
     cache.json      figures of each file, by its size and modification time: see figures.py
 """
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
 from analysis.experiment import read_experiment, read_responses
-from analysis.figures import Files, read_cache, write_cache
+from analysis.figures import Files, read_json
 from analysis.page import index_html, responses_html
 from analysis.plots import COLOURS
-from utils import StageError, check_at_least, log, run, write_text
+from utils import StageError, check_at_least, dump_json, log, run, write_text
 
 
-def name_apart(experiments: list):
-    """Give each its colour, and those of one name their paths as names."""
-    names = Counter(experiment["name"] for experiment in experiments)
-    for place, experiment in enumerate(experiments):
-        experiment["colour"] = COLOURS[place % len(COLOURS)]
+def read_apart(paths: list, files: list) -> list:
+    """The experiments in these folders; those of one name have their paths as names."""
+    found = list(map(read_experiment, paths, files))
+    names = Counter(experiment["name"] for experiment in found)
+    for experiment in found:
         if names[experiment["name"]] > 1:
             experiment["name"] = experiment["path"]
-
-
-def write_report(experiments: list, output: Path | None = None, num_prompts: int = 40) -> Path:
-    """Write index.html, responses.html and summary.json; returns the path of index.html.
-
-    Args:
-        experiments: folders of comal.sh; several are laid over each other
-        output: folder; default: `report` in the experiment's, where there is one
-        num_prompts: prompts in responses.html
-
-    Raises StageError for a folder that is no experiment, and for several without an output folder.
-    """
-    paths = [Path(path) for path in experiments]
-    if not paths:
-        raise StageError("give at least one experiment: exps/NAME")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise StageError(f"an experiment is given twice: {', '.join(map(str, paths))}")
-    if output is None and len(paths) > 1:
-        raise StageError("a report on several experiments needs a folder of its own: --output DIR")
-    check_at_least(1, num_prompts=num_prompts)
-    output = paths[0] / "report" if output is None else Path(output)
-    if output.is_file():
-        raise StageError(f"--output {output} is a file; give a folder")
-    kept = read_cache(output / "cache.json")
-    files = [Files(kept) for _ in paths]
-    found = list(map(read_experiment, paths, files))
-    name_apart(found)
-    responses = [read_responses(experiment, num_prompts) for experiment in found]
-    summary = [{name: value for name, value in experiment.items() if name != "colour"} for experiment in found]
-    write_text(
-        output / "summary.json",
-        json.dumps({"experiments": summary}, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-    )
-    write_text(output / "responses.html", responses_html(found, responses))
-    write_text(output / "index.html", index_html(found))
-    write_cache(output / "cache.json", files)
-    log.info("report on %s: %s", ", ".join(experiment["name"] for experiment in found), output / "index.html")
-    return output / "index.html"
+    return found
 
 
 def main(experiments: list, output: str = "", num_prompts: int = 40):
@@ -76,7 +40,30 @@ def main(experiments: list, output: str = "", num_prompts: int = 40):
         output: folder for index.html, responses.html and summary.json; default for one experiment: its report/
         num_prompts: prompts on the page of responses
     """
-    write_report(list(map(Path, experiments)), Path(output) if output else None, num_prompts)
+    paths = [Path(path) for path in experiments]
+    if not paths:
+        raise StageError("give at least one experiment: exps/NAME")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise StageError(f"an experiment is given twice: {', '.join(map(str, paths))}")
+    if not output and len(paths) > 1:
+        raise StageError("a report on several experiments needs a folder of its own: --output DIR")
+    check_at_least(1, num_prompts=num_prompts)
+    folder = Path(output or paths[0] / "report")
+    if folder.is_file():
+        raise StageError(f"--output {folder} is a file; give a folder")
+    kept = read_json(folder / "cache.json")
+    files = [Files(kept) for _ in paths]
+    found = read_apart(paths, files)
+    summary = json.dumps({"experiments": found}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(folder / "summary.json", summary + "\n")
+    for experiment, colour in zip(found, itertools.cycle(COLOURS)):
+        experiment["colour"] = colour
+    responses = [read_responses(experiment, num_prompts) for experiment in found]
+    write_text(folder / "responses.html", responses_html(found, responses))
+    write_text(folder / "index.html", index_html(found))
+    used = {key: entry for own in files for key, entry in own.used.items()}
+    write_text(folder / "cache.json", dump_json(used) + "\n")
+    log.info("report on %s: %s", ", ".join(experiment["name"] for experiment in found), folder / "index.html")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class JudgeConfig(EngineConfig):
     @cached_property
     def tokenizer_path(self) -> str:
         """The tokenizer's directory; empty for the judge's."""
-        return self.judge_tokenizer and resolve_tokenizer(self.judge_path, self.judge_tokenizer)
+        return resolve_tokenizer(self.judge_tokenizer)
 
     def members(self) -> list["JudgeConfig"]:
         """One JudgeConfig a judge, this one itself where there is just one."""
@@ -161,6 +161,10 @@ class JudgeConfig(EngineConfig):
             path, _ = self.judge_path, self.tokenizer_path
             judge = model_fingerprint(path)
         return settings | {"judge_type": self.judge_type, "judge": judge}
+
+    def judged_by(self) -> list:
+        """All that judgements depend on besides the responses: the fingerprints of the judges, and their weights."""
+        return [member.fingerprint() for member in self.members()] + self.weights()
 
 
 # ---------------------------------------------------------------------------------------------- win probabilities

@@ -78,7 +78,7 @@ def fetch(models: str, prompts: str, tokenizer: str = "", **judge: JudgeConfig):
     for name in dict.fromkeys(split_list(models)):
         directories.append(usable_model(name))
         listing.add("model", name, directories[-1], files_of(directories[-1]))
-    tokenizer_dir = tokenizer and resolve_tokenizer(directories[0], tokenizer)
+    tokenizer_dir = resolve_tokenizer(tokenizer)
     load_tokenizer(directories[0], tokenizer_dir)
     if tokenizer:
         listing.add("tokenizer", tokenizer, tokenizer_dir, tokenizer_files(tokenizer_dir))

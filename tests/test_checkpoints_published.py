@@ -115,7 +115,7 @@ def test_what_a_mirror_serves_besides_checkpoints(tokenizers, model_dirs, tmp_pa
         script = (
             "import eval, data_utils; eval.alpaca_eval('prompts.jsonl'); "
             "print(eval.alpaca_eval_file(eval.BASELINES['alpaca_eval_gpt4'], '')); "
-            "print(data_utils.resolve_tokenizer('', 'lab/tiny-base'))"
+            "print(data_utils.resolve_tokenizer('lab/tiny-base'))"
         ).replace("prompts.jsonl", str(tmp_path / "prompts.jsonl"))
         outputs, tokenizer = run_python("-c", script, **hub).stdout.split()
     prompts = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]

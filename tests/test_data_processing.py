@@ -485,5 +485,5 @@ def test_import_pairs_writes_what_get_logprobs_reads(jsonl, tmp_path, tokenizers
     import_pairs(str(tmp_path / "pairs.jsonl"), str(source))
     dataset = UnscoredPairDataset(tmp_path / "pairs.jsonl", tokenizers["policy"], 100, 664)
     assert dataset.ids == ["0", "2"] and dataset[1]["win_prob"] == 1.0
-    with pytest.raises(StageError, match="has no column rejected"):
+    with pytest.raises(StageError, match="has no column 'rejected'"):
         import_pairs(str(tmp_path / "none.jsonl"), str(jsonl("bad.jsonl", {"chosen": "a"})))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LengthJudge
 
 import eval
 from analysis.comparisons import join_responses, summarise, wins
@@ -148,6 +149,31 @@ def test_compare_writes_comparisons_and_their_summary(some_model, jsonl, tmp_pat
     figures = {name: summary[name] for name in ("num_prompts", "num_ties", "win_rate", "mean_win_prob")}
     assert figures == {"num_prompts": 3, "num_ties": 1, "win_rate": 0.5, "mean_win_prob": 0.5}
     assert summary["mean_tokens"] == [pytest.approx(10 / 3), pytest.approx(8 / 3)]
+
+
+def test_compare_judges_only_what_was_not_judged_before(some_model, jsonl, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(LengthJudge, "settings", ("labels",))
+    ours = jsonl("ours.jsonl", response("a", "long"), response("b", "no"))
+    theirs = jsonl("theirs.jsonl", response("b", "yes"), response("a", "x"))
+    path = tmp_path / "vs.jsonl"
+
+    def judged_before(**flags):
+        caplog.clear()
+        compare(some_model, tmp_path, monkeypatch, ours, theirs, path, **flags)
+        return "judged before: 1" in caplog.text
+
+    assert not judged_before()
+    first = json.loads(path.with_suffix(".json").read_text())
+    assert judged_before(length_controlled=True)
+    second = json.loads(path.with_suffix(".json").read_text())
+    assert "length_controlled_win_rate" in second and first.items() <= second.items()
+    assert not judged_before(labels="A,B")  # another judge
+    jsonl("theirs.jsonl", response("b", "yes"), response("a", "other"))
+    assert not judged_before(labels="A,B")  # other responses
+    path.write_text(path.read_text().replace("0.75", "0.7").replace("0.25", "0.3"))
+    assert not judged_before(labels="A,B")  # another file
+    assert "0.75" in path.read_text() and judged_before(labels="A,B")
 
 
 def test_compare_refuses_an_output_that_its_summary_would_replace(some_model, jsonl, tmp_path, monkeypatch):

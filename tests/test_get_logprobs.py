@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import get_logprobs
 from data_utils import end_token_id
-from records import PAIR_KEYS
+from records import PAIR_TOKEN_IDS
 from training.models import micro_batches
 from utils import StageError
 
@@ -91,7 +91,7 @@ def test_get_logprobs_goes_on_where_it_was_stopped(setting, tmp_path, monkeypatc
     """Stopped in the second model; of the last forward pass that was kept, one pair is torn on disk."""
     tokens = 150
     groups = micro_batches(
-        range(11), [sum(len(pair[name]) for name in PAIR_KEYS[1:]) for pair in setting.records], tokens
+        range(11), [sum(len(pair[name]) for name in PAIR_TOKEN_IDS) for pair in setting.records], tokens
     )
     assert len(groups) > 4 and len(groups[2]) > 1
     expected, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"

@@ -15,8 +15,7 @@ import pytest
 from analysis import figures, page, plots, report
 from analysis.contents import Line
 from analysis.experiment import read_experiment, read_responses
-from analysis.figures import Files, comparison_rows, read_cache, training_figures, write_cache
-from analysis.report import write_report
+from analysis.figures import Files, read_json, training_figures
 from utils import StageError
 
 MODEL = "models/start"
@@ -152,6 +151,12 @@ def make_experiment(path):
     return path
 
 
+def write_report(experiments, output=""):
+    """The path of the report's page."""
+    report.main(list(map(str, experiments)), str(output))
+    return Path(output or experiments[0] / "report") / "index.html"
+
+
 def summary_of(index):
     return json.loads(index.with_name("summary.json").read_text())["experiments"]
 
@@ -195,21 +200,21 @@ def test_summary_has_the_figures_computed_by_hand(experiment):
 
 def test_headline_shows_the_last_evaluated_iteration(experiment):
     (found,) = read([experiment])
-    top = page.top(found)
-    assert top["progress"].startswith("2 of 3 iterations have finished") and top["last_evaluated"] == 1
-    assert [value for _, value, _ in top["cards"]] == ["70.0 %", "55.0 %", "0.400", "2.50", "+20.0 %"]
-    assert "60.0 to 80.0" in top["cards"][0][2]
-    assert "2 (max P − ½)" in top["cards"][2][2]  # the gap's definition stands where it is first shown
+    assert page.progress(found).startswith("2 of 3 iterations have finished")
+    cards = page.headline(found)
+    assert [value for _, value, _ in cards] == ["70.0 %", "55.0 %", "0.400", "2.50", "+20.0 %"]
+    assert "60.0 to 80.0" in cards[0][2]
+    assert "2 (max P − ½)" in cards[2][2]  # the gap's definition stands where it is first shown
 
 
 def test_iterations_and_title_come_from_the_settings(experiment):
     settings = json.loads((experiment / "run.json").read_text())
     write_json(experiment / "run.json", settings | {"ITERATIONS": "2", "METHOD_TITLE": "A method"})
-    (found,) = read([experiment])
-    assert found["state"]["total"] == 2 and page.top(found)["facts"][0] == ("method", "A method")
+    found = read([experiment])
+    assert found[0]["state"]["total"] == 2 and "method <b>A method</b>" in write_pages_without_plots(found)[0]
     write_json(experiment / "run.json", settings)  # of a version that did not write them
-    (found,) = read([experiment])
-    assert found["state"]["total"] == 3 and page.top(found)["facts"][0] == ("method", "comal")
+    found = read([experiment])
+    assert found[0]["state"]["total"] == 3 and "method <b>comal</b>" in write_pages_without_plots(found)[0]
 
 
 def test_training_curve_is_thinned_to_means():
@@ -260,9 +265,10 @@ def test_every_file_may_be_missing(experiment):
 
 def read(paths):
     """The experiments as they go into the pages."""
-    kept = read_cache(paths[0] / "report" / "cache.json")
-    found = [read_experiment(path, Files(kept)) for path in paths]
-    report.name_apart(found)
+    kept = read_json(paths[0] / "report" / "cache.json")
+    found = report.read_apart(paths, [Files(kept) for _ in paths])
+    for experiment in found:
+        experiment["colour"] = plots.COLOURS[0]
     return found
 
 
@@ -411,7 +417,6 @@ def test_responses_are_the_first_ones(experiment):
         "<b>new</b> & more",
     )
     assert (row["win_prob_start"], row["win_prob_previous"]) == (0.75, 0.25)
-    assert list(comparison_rows([comparison("a", "p", "r", "b", 0.3), {}], limit=1)) == ["a"]
 
 
 def test_two_experiments_are_laid_over_each_other(experiment, tmp_path):
@@ -425,7 +430,7 @@ def test_two_experiments_are_laid_over_each_other(experiment, tmp_path):
     assert "first" in figure and "second" in figure
     assert all(figure.count(f"stroke: {colour}") >= 2 for colour in plots.COLOURS[:2])
     settings = source[source.index("<h2>Settings") :]
-    rows = {row["name"]: row["differs"] for row in page.settings_rows(summary_of(index))}
+    rows = {name: differ for name, _, differ in page.settings_rows(summary_of(index))}
     assert rows["METHOD"] and not rows["MODEL"]
     assert settings.count('<tr class="differs">') == sum(rows.values())
 
@@ -448,19 +453,15 @@ def test_unchanged_files_are_not_read_again(experiment, monkeypatch):
 
     monkeypatch.setattr(figures, "whole_records", noted)
     monkeypatch.setattr(report, "index_html", lambda experiments: "")  # drawing takes a second
-    comparisons = [experiment / "iter1" / "eval" / f"vs_{name}.jsonl" for name in ("start", "previous")]
     first = summary_of(write_report([experiment]))
-    assert (
-        len(read) == 23
-    )  # nine for each iteration; the initial policy's and their pairs; one listing; two comparisons
+    assert len(read) == 21  # nine for each iteration; the initial policy's and their pairs; one listing
     read.clear()
     assert summary_of(write_report([experiment])) == first
-    assert read == comparisons  # of which the first records alone are read, for the page of responses
-    read.clear()
+    assert read == []
     changed = experiment / "iter0" / "train.samples.jsonl"
     write_jsonl(changed, {"prompt_id": "a", "samples": [sample("x", 10)]})
     (found,) = summary_of(write_report([experiment]))
-    assert read == [changed, *comparisons]
+    assert read == [changed]
     assert found["iterations"][0]["sample_tokens"] == pytest.approx(16 / 3)
 
 
@@ -475,9 +476,9 @@ def test_same_size_and_another_time_is_a_change(experiment):
 
 def write_data_and_cache(experiment):
     cache = experiment / "report" / "cache.json"
-    files = Files(read_cache(cache))
+    files = Files(read_json(cache))
     found = read_experiment(experiment, files)
-    write_cache(cache, [files])
+    write_json(cache, files.used)
     return found["iterations"][0]["order_gap"]
 
 

@@ -145,7 +145,7 @@ class Trainer:
         if config.validation:
             check_input(config.validation)
         model_dir = resolve_model(config.model)
-        tokenizer_dir = config.tokenizer and resolve_tokenizer(model_dir, config.tokenizer)
+        tokenizer_dir = resolve_tokenizer(config.tokenizer)
         check_apart(output, model_dir, tokenizer_dir, config.input, config.validation)
         tokenizer = load_tokenizer(model_dir, tokenizer_dir)
         self.accelerator = models.start_accelerator(

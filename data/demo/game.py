@@ -182,7 +182,7 @@ def answer_probabilities(checkpoint, prompts, tokenizer=""):
     from training.models import load_model
 
     directory = resolve_model(checkpoint)
-    tokenizer = load_tokenizer(directory, tokenizer and resolve_tokenizer(directory, tokenizer))
+    tokenizer = load_tokenizer(directory, resolve_tokenizer(tokenizer))
     model = load_model(directory).eval()
     answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
     rows = [(encode_prompt(tokenizer, prompt), answers) for prompt in prompts]
