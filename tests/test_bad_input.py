@@ -259,6 +259,7 @@ ROWS = [
     row("make_pairs", "two-inputs", "--input has 2 | --output has 1", input="{tmp}/in.jsonl,{tmp}/in.jsonl"),
     row("make_pairs", "output-is-input", "--output {tmp}/in.jsonl | also an input", output="{tmp}/in.jsonl"),
     row("sampling", "k-0", "--num_samples | at least 1 | 0", num_samples=0),
+    row("sampling", "k-text", "--num_samples takes numbers (int) | 'many'", num_samples="many"),
     row("sampling", "k-too-large", "--num_samples | at most 4096 | 4097", num_samples=4097),
     row("sampling", "temperature", "--temperature | at least 0 | -1", temperature=-1),
     row("sampling", "nan-temperature", "--temperature | numbers | 'nan'", temperature="nan"),
@@ -437,14 +438,3 @@ def test_long_prompts_are_skipped_and_special_spellings_stay_text(stage, setting
             == f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         )
         assert sum(token < 3 for token in record["prompt_token_ids"]) == 3 and len(record["samples"]) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.cpu_engine
-def test_compare_takes_responses_without_token_ids(stage):  # KeyError when all is judged
-    """As the docstring of eval.py says; the second and last engine of this file."""
-    (stage.folder / "baseline.jsonl").write_bytes(content([PROMPT | {"samples": [{"text": "city"}]}]))
-    done = stage.run("compare", PROMPT | {"samples": [{"text": "sea"}]}, seconds=120, max_prompt_tokens=1000)
-    assert done.code == 0, done.stderr
-    summary = json.loads((stage.folder / "out.json").read_text())
-    assert (summary["num_prompts"], summary["mean_characters"]) == (1, [3, 4])

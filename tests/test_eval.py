@@ -4,6 +4,7 @@ python -m pytest tests/test_eval.py
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,11 @@ def test_join_responses_refuses(jsonl, records, message):
         list(join_responses(jsonl("ours", response("a", "x")), jsonl("theirs", *records)))
 
 
+few_resamples = partial(length_controlled_win_rate, num_bootstrap=20)  # a thousand take seconds
+
+
 def compare(some_model, tmp_path, monkeypatch, ours, theirs, output, **flags):
+    monkeypatch.setattr("analysis.comparisons.length_controlled_win_rate", few_resamples)
     monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     eval.compare(
@@ -148,6 +153,16 @@ def test_compare_writes_comparisons_and_their_summary(some_model, jsonl, tmp_pat
     figures = {name: summary[name] for name in ("num_prompts", "num_ties", "win_rate", "mean_win_prob")}
     assert figures == {"num_prompts": 3, "num_ties": 1, "win_rate": 0.5, "mean_win_prob": 0.5}
     assert summary["mean_tokens"] == [pytest.approx(10 / 3), pytest.approx(8 / 3)]
+
+
+def test_compare_takes_responses_without_token_ids(some_model, jsonl, tmp_path, monkeypatch):
+    """As the docstring of eval.py says: lengths are then told in characters."""
+    ours, theirs = (
+        jsonl(name, {"prompt_id": "a", "prompt": "where?", "samples": [{"text": name}]}) for name in ("sea", "city")
+    )
+    compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.jsonl")
+    summary = json.loads((tmp_path / "vs.json").read_text())
+    assert (summary["num_prompts"], summary["mean_characters"]) == (1, [3, 4])
 
 
 def test_compare_refuses_an_output_that_its_summary_would_replace(some_model, jsonl, tmp_path, monkeypatch):
@@ -181,7 +196,7 @@ def test_compare_with_model_outputs(some_model, jsonl, tmp_path, monkeypatch, ca
     assert summary["win_rate"] == 4.5 / 8 and summary["mean_tokens"][1] is None
     gamma = read_difficulty(difficulty, [f"alpaca_eval-{n}" for n in range(8)])[0] if with_difficulty else None
     probs = [0.25] * 3 + [0.5] + [0.75] * 4  # the judge prefers the longer one
-    expected = length_controlled_win_rate(probs, range(1, 9), [4] * 8, gamma)
+    expected = few_resamples(probs, range(1, 9), [4] * 8, gamma)
     assert [record["win_probs"][0][1] for record in found] == probs
     assert {name: summary[name] for name in expected} == expected
     kind = "with the difficulties of the instructions (length_controlled_noreg)"
