@@ -540,7 +540,8 @@ def test_gpus_are_named_as_nvidia_smi_lists_them(loop, two_gpus):
         assert code == 1 and message in output, output
     assert not loop.exps.exists()
     output, code = loop.run(GPUS="MIG-3d", FAIL="sampling.py", **two_gpus)
-    assert "stage sampling failed" in output and "--gpus MIG-3d" in (loop.exps / "run/iter0/logs/sampling.log").read_text(), output
+    assert "stage sampling failed" in output, output
+    assert "--gpus MIG-3d" in (loop.exps / "run/iter0/logs/sampling.log").read_text()
 
 
 def test_a_vllm_for_gpus_is_refused_at_once_where_none_is_used(loop, tmp_path):
@@ -622,7 +623,8 @@ def models_of(loop, method, count):
 def test_the_reference_moves_as_the_method_says(loop, method):
     """In the plan, which prints the iterations that differ."""
     plan = loop.run("--plan", METHOD=method, EVAL_EVERY="1")[0].replace("\\ ", " ")
-    models = re.findall(r" get_logprobs.py --model (.*?) --reference (.*?) --tokenizer \S* --input \S*train.pairs", plan)
+    flags = r"--model (.*?) --reference (.*?) --tokenizer \S* --input \S*train.pairs"
+    models = re.findall(rf" get_logprobs.py {flags}", plan)
     assert len(models) >= 2 and models == models_of(loop, method, len(models)), plan
     assert plan.count(f" {MOVES[method][0]} ") == len(models)
 
