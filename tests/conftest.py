@@ -32,15 +32,17 @@ def pytest_collection(session):
 
 
 LOOPS = ("test_end_to_end.py", "test_faults.py", "test_nodes.py")  # these look at the finished run
+SERVED = ("test_judge_types.py", "test_trial.py")  # these ask the server with the judge
 
 
 def pytest_collection_modifyitems(items):
-    """The files of the finished run come first, then those with many slow tests: so two processes end at about the same
-    time. What needs vLLM on the CPU is skipped where only a build for GPUs is installed."""
+    """The files of the finished run come first, then those of the server, then those with many slow tests: so two
+    processes end at about the same time. What needs vLLM on the CPU is skipped where only a build for GPUs is
+    installed."""
     from workers.pool import no_cpu_engine
 
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (item.path.name not in LOOPS, -slow[item.path]))
+    items.sort(key=lambda item: (item.path.name not in LOOPS, item.path.name not in SERVED, -slow[item.path]))
     reason = no_cpu_engine()
     for item in items if reason else ():
         if item.get_closest_marker("cpu_engine"):
@@ -49,13 +51,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """One process takes all tests of a file, and of the files that look at the finished run."""
+    """One process takes all tests of a file, and of the files that share a run or a server."""
     from xdist.scheduler import LoadFileScheduling
 
     class Groups(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "loops" if file.endswith(LOOPS) else file
+            return "loops" if file.endswith(LOOPS) else "served" if file.endswith(SERVED) else file
 
     return Groups(config, log)
 
@@ -71,64 +73,6 @@ def log_level():
 def private_cache(tmp_path_factory):
     """What `datasets` makes of the tests' files stays out of the user's cache."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
-
-
-class RecordWork:
-    """Work of a worker process (workers/worker.py) that does a record a step: subclasses are called with its task."""
-
-    waiting = ()
-
-    def begin(self, key, task):
-        self.waiting = *self.waiting, (key, task)
-
-    def step(self):
-        return [self.waiting[0][0]]
-
-    def result(self, key):
-        (_, task), *self.waiting = self.waiting
-        return self(task)
-
-
-class LengthJudge(RecordWork):
-    """Stands in for a judge, also in worker processes: prefers the longer response with probability 3/4."""
-
-    needs_engine, has_labels, settings = True, True, ()
-
-    def __init__(self, config):
-        pass
-
-    def work(self):
-        return self
-
-    @staticmethod
-    def check(config):
-        pass
-
-    @staticmethod
-    def report(paths):
-        pass
-
-    def __call__(self, task):
-        from workers.journal import Skipped
-
-        _, record = task
-        if record["prompt"] == "skip":
-            return Skipped(record["prompt_id"], "too long")
-        return record | self.compare([sample["text"] for sample in record["samples"]])
-
-    @staticmethod
-    def compare(texts):
-        from judges.base import win_matrix
-
-        return win_matrix(
-            texts,
-            {
-                (first, second): (0.75 if len(first) > len(second) else 0.25, 1.0)
-                for first in texts
-                for second in texts
-                if first != second
-            },
-        )
 
 
 @pytest.fixture
@@ -209,4 +153,5 @@ def tokenizer(request, tokenizers):
 
 
 from helpers.finished import finished_fixture  # noqa: E402, F401
+from helpers.served import served_fixture  # noqa: E402, F401
 from helpers.training import setting_fixture, train_fixture  # noqa: E402, F401

@@ -136,7 +136,7 @@ few_resamples = partial(length_controlled_win_rate, num_bootstrap=20)  # a thous
 
 def compare(some_model, tmp_path, monkeypatch, ours, theirs, output, **flags):
     monkeypatch.setattr("analysis.comparisons.length_controlled_win_rate", few_resamples)
-    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "helpers.work:LengthJudge")
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     eval.compare(
         str(ours), str(theirs), str(output), judge=some_model, template=str(tmp_path / "t.txt"), gpus="none", **flags
@@ -256,7 +256,7 @@ def test_play_by_hand():
 
 
 def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "helpers.work:LengthJudge")
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     files = [
         str(jsonl(f"{name}.jsonl", *(response(p, p * length, prompt) for p, prompt in (("p", "x"), ("q", prompt)))))

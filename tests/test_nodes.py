@@ -72,10 +72,10 @@ def start(machines, rank, log, **changed):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the run to compare with was made on a GPU")
 def test_two_machines_train_as_one(machines, finished, tmp_path):
-    """The first iteration of a run, from its samples on: the rest is there, as one machine has made it."""
+    """The first iteration of a run, from its pairs on: the rest is there, as one machine has made it."""
     run, iteration = finished.folder.parent / "nodes", finished.folder.parent / "nodes/iter1"
     copy_run(finished, run)
-    again = ("*.scores.jsonl", "*.pairs.jsonl", "data", "ckpt", "next.json")
+    again = ("*.pairs.jsonl", "data", "ckpt", "next.json")
     for path in (path for pattern in again for path in iteration.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     logs = [tmp_path / f"node{rank}.log" for rank in range(2)]

@@ -14,12 +14,20 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import RecordWork
-from worker_fixtures import alive, no_child_left, note, notes  # noqa: F401
+from helpers.children import no_child_left  # noqa: F401
+from helpers.work import (
+    alive,
+    answered,
+    dies_on_request,
+    fails_at_first,
+    notes,
+    plain,
+    raises_on_request,
+    start,
+)
 
 from records import Prompt, Record, read
 from utils import StageError
-from workers.journal import Skipped
 from workers.pool import PoolConfig, _chunks, map_files, no_cpu_engine, worker_environments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,56 +134,8 @@ def test_a_build_of_vllm_for_gpus_is_known_by_its_name(tmp_path, monkeypatch, na
 # ---- Files ----
 
 
-class FunctionWork(RecordWork):
-    """The function of the worker processes: `work(folder, job, record)`, where the folder takes notes."""
-
-    def __init__(self, function, folder):
-        self.function, self.folder = function, folder
-
-    def __call__(self, task):
-        return self.function(self.folder, *task)
-
-
-def start(function, folder):
-    (folder / f"pid-{os.getpid()}").touch()
-    return FunctionWork(function, folder)
-
-
 def starts(folder):
     return len(list(folder.glob("pid-*")))
-
-
-def answered(folder, job, record):
-    """A record; skipped where the prompt says so."""
-    if record["prompt"] == "skip":
-        return Skipped(record["prompt_id"], "too long")
-    return record | {"job": job, "pid": os.getpid()}
-
-
-def plain(folder, job, record):
-    """A record, the same whoever makes it; notes what was asked for."""
-    note(folder, record["prompt"])
-    return record | {"text": "\u2028" + 3 * record["prompt"]}
-
-
-def fails_at_first(folder, job, record):
-    """Fails at the prompt "e" when it is asked for the first time."""
-    if record["prompt"] == "e" and not (folder / "failed").exists():
-        (folder / "failed").touch()
-        raise StageError("asked to fail")
-    return plain(folder, job, record)
-
-
-def dies_on_request(folder, job, record):
-    if record["prompt"] == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(folder, job, record)
-
-
-def raises_on_request(folder, job, record):
-    if record["prompt"] == "raise":
-        raise KeyError("of no record")
-    return plain(folder, job, record)
 
 
 def run_files(tmp_path, work, *inputs, settings=(), **pool):
@@ -367,7 +327,7 @@ import os, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from conftest import RecordWork
+from helpers.work import RecordWork
 from utils import run
 from workers.pool import PoolConfig, map_files
 

@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import RecordWork
+from helpers.work import RecordWork
 
 import sampling
 import vllm_model

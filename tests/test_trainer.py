@@ -21,19 +21,19 @@ from helpers.training import (
     R,
     broken_model,
     column,
-    launch,
     load,
     pair_losses,
     plain_logps,
     read,
     relative_difference,
+    run_here,
     saved_tensors,
-    words,
     write,
 )
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import dpo
+import get_logprobs
 import inpo
 import ipo
 from training import trainer
@@ -277,14 +277,10 @@ def test_bad_settings_are_refused(train, flags, message):
         train(**flags)
 
 
-@pytest.mark.slow
-def test_bfloat16_training_starts_where_launched_log_probabilities_say(setting, tmp_path, train, capsys):
+def test_bfloat16_training_starts_where_log_probabilities_say(setting, tmp_path, train, capsys):
     data = tmp_path / "data.jsonl"
-    launch(
-        ["--cpu", "--mixed_precision", "bf16", "--num_processes", "1"],
-        "get_logprobs.py",
-        *words(model=setting.policy, reference=setting.reference, input=setting.pairs, output=data),
-    )
+    flags = dict(model=setting.policy, reference=setting.reference, input=setting.pairs, output=str(data))
+    run_here(get_logprobs.main, mixed_precision="bf16", **flags)
     same, batched = (
         train(output=f"{tokens}", input=str(data), micro_batch_tokens=tokens, num_epochs=1, mixed_precision="bf16")
         for tokens in (0, 10_000)

@@ -312,10 +312,11 @@ def test_a_trial_is_no_plan(loop):
 
 
 @pytest.fixture(scope="module")
-def trial(demo_models):
-    """(folder, output) of a real trial of the demo, with a setting."""
+def trial(demo_models, served):
+    """(folder, output) of a real trial of the demo, with a setting. A server judges, where there can be one."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     settings = {"RECIPE": "demo", "NAME": f"{name}/run", "DEMO_MODELS": str(demo_models), "PYTHON": sys.executable}
+    settings |= served.settings if served else {}
     try:
         done = subprocess.run(
             ["bash", "comal.sh", "--try", "MAX_JUDGE_TOKENS=1000", "KEEP_CKPTS=last"],

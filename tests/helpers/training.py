@@ -227,10 +227,13 @@ def words(**flags):
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-def launch(launcher_flags, *command):
-    """`accelerate launch` on the CPU, one thread a process; returns the finished process."""
+def launch_several(number, *command):
+    """`accelerate launch` with fsdp_config.yaml in float32, one thread a process, on a port that the system chooses: on
+    the CPU that means DDP over gloo. (`--cpu --num_processes 2` would start a single process.) Returns the finished
+    process."""
+    flags = ["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", str(number)]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launcher_flags, *map(str, command)],
+        [sys.executable, "-m", "accelerate.commands.launch", *flags, *map(str, command)],
         cwd=ROOT,
         env=environment(),
         text=True,
@@ -240,10 +243,3 @@ def launch(launcher_flags, *command):
     )
     assert done.returncode == 0, done.stdout
     return done
-
-
-def launch_several(number, *command):
-    """Processes with fsdp_config.yaml in float32, on a port that the system chooses: on the CPU that means DDP over
-    gloo. (`accelerate launch --cpu --num_processes 2` would start a single process.)"""
-    flags = ["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", str(number)]
-    return launch(flags, *command)
