@@ -214,6 +214,7 @@ def test_what_is_kept(loop, keep, models):
     assert loop.models() == loop.models(kind="last") == models and loop.models(kind="DONE") == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_last_keeps_the_reference(loop):
     assert loop.run(KEEP_CKPTS="last", UPDATE_INTERVAL="2", ROUNDS="3", SPLITS="1")[1] == 0
     assert loop.models() == [1, 2]
@@ -267,6 +268,7 @@ def test_pins_and_forks(loop):
     assert code == 1 and "prompts/train_1.jsonl" in output and "train_0" not in output and "or fork: bash" in output
 
 
+@pytest.mark.slow
 def test_a_run_begins_at_any_iteration_with_any_policy_and_reference(loop):
     """The reference moves when it would have moved, the rounds keep their numbers, and KL and win rates are measured
     from MODEL."""
@@ -629,6 +631,7 @@ def test_the_reference_moves_as_the_method_says(loop, method):
     assert plan.count(f" {MOVES[method][0]} ") == len(models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["comal", "iter-dpo"])
 def test_the_reference_moves_in_the_loop(loop, method):
     output, code = loop.run(METHOD=method)

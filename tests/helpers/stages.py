@@ -18,6 +18,7 @@ from helpers.training import ROOT, save_model
 
 # Imported once, by the process from which those of the cases are forked.
 PRELOAD = [
+    "helpers.preload",
     "torch",
     "torch.distributed.checkpoint.api",
     "accelerate.utils",

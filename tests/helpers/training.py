@@ -46,6 +46,10 @@ def save_model(directory, config_dir, seed, **settings):
     """Random weights, five times the usual scale: log-probabilities are far from uniform, so that an error of position
     or of precision shows."""
     import torch
+
+    from data_utils import import_transformers
+
+    import_transformers()  # in half the time
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(config_dir, initializer_range=0.1, **settings)
