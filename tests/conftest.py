@@ -3,12 +3,16 @@
 bash tests/run.sh
 """
 
+import contextlib
 import gc
 import json
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -88,6 +92,18 @@ def jsonl(tmp_path):
     return write
 
 
+@pytest.fixture
+def loop(tmp_path):
+    """comal.sh with a script in the place of its stages; what is left of it is ended and removed."""
+    (tmp_path / "a folder").mkdir()  # paths with a space
+    loop = Loop(tmp_path / "a folder", f"test-{uuid.uuid4().hex[:8]}")
+    yield loop
+    for pid in processes(loop.name):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(loop.exps, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def some_model(tmp_path_factory):
     """A directory with a config.json and whole, if few, weights: what a stage checks of a model before it starts."""
@@ -153,5 +169,6 @@ def tokenizer(request, tokenizers):
 
 
 from helpers.finished import finished_fixture  # noqa: E402, F401
+from helpers.loop import Loop, processes  # noqa: E402
 from helpers.served import served_fixture  # noqa: E402, F401
 from helpers.training import setting_fixture, train_fixture  # noqa: E402, F401

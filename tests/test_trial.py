@@ -3,19 +3,17 @@
 python -m pytest tests/test_trial.py
 """
 
-import contextlib
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import uuid
 
 import pytest
-from helpers.loop import ROOT, Loop, environment, processes
+from helpers.loop import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "launch"))
 import checks  # noqa: E402
@@ -30,17 +28,6 @@ from forecast import (  # noqa: E402
     validations_ratio,
     worked,
 )
-
-
-@pytest.fixture
-def loop(tmp_path):
-    loop = Loop(tmp_path, f"test-{uuid.uuid4().hex[:8]}")
-    yield loop
-    for pid in processes(loop.name):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(loop.exps, ignore_errors=True)
-
 
 # ---------------------------------------------------------------------------------------------- the forecast
 
