@@ -133,10 +133,10 @@ def demo_models(tmp_path_factory, worker_id):
             env=os.environ
             | {
                 "PYTHON": sys.executable,
-                "POLICY_EPOCHS": "5",
+                "POLICY_EPOCHS": "3",
                 "JUDGE_SHORT_EPOCHS": "1",
                 "JUDGE_EPOCHS": "1",
-                "JUDGE_PHRASINGS": "40",
+                "JUDGE_PHRASINGS": "24",
                 "PROMPTS_PER_ITERATION": "32",
             },
         )
