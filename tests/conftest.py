@@ -36,7 +36,8 @@ def pytest_collection(session):
 
 
 LOOPS = ("test_end_to_end.py", "test_faults.py", "test_nodes.py")  # these look at the finished run
-SERVED = ("test_judge_types.py", "test_trial.py")  # these ask the server with the judge
+SERVED = ("test_servers.py", "test_trial.py")  # these ask the server with the judge
+STAGES = ("test_bad_input.py", "test_odd_input.py")  # these fork one process that has imported PyTorch
 
 
 def pytest_collection_modifyitems(items):
@@ -55,13 +56,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """One process takes all tests of a file, and of the files that share a run or a server."""
+    """One process takes all tests of a file, and of the files that share a run, a server or a process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Groups(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "loops" if file.endswith(LOOPS) else "served" if file.endswith(SERVED) else file
+            groups = {"loops": LOOPS, "served": SERVED, "stages": STAGES}
+            return next((name for name, files in groups.items() if file.endswith(files)), file)
 
     return Groups(config, log)
 
