@@ -284,9 +284,9 @@ def length_filter(tokenizer, max_length):
     """messages -> whether they fit; everything fits without a tokenizer."""
     if not tokenizer:
         return lambda messages: True
-    from data_utils import encode_chat, encode_text, load_tokenizer
+    from data_utils import encode_chat, encode_text, load_tokenizer, resolve_tokenizer
 
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(resolve_tokenizer("", tokenizer))
     return lambda messages: (
         len(encode_chat(loaded, messages[:-1])) + len(encode_text(loaded, messages[-1]["content"])) + 1 <= max_length
     )

@@ -159,15 +159,15 @@ def import_transformers() -> None:
 
 
 def load_tokenizer(model: str, tokenizer: str = ""):
-    """The tokenizer of `tokenizer` (a path or Hub id) or, when that is empty, of the model.
+    """The tokenizer in the directory `tokenizer` or, when that is empty, in the model's.
 
     Raises StageError when there is none, it has no chat template, or the model has one of its own with other ids.
     """
     import_transformers()
     from transformers import AutoTokenizer
 
-    source = resolve_tokenizer(model, tokenizer)
-    if Path(source).is_dir() and not has_tokenizer(source):  # of some models transformers would make up an empty one
+    source = tokenizer or model
+    if not has_tokenizer(source):  # of some models transformers would make up an empty one
         raise StageError(f"no tokenizer in {source}; name one with --tokenizer (--judge_tokenizer)")
     try:
         loaded = AutoTokenizer.from_pretrained(source)
@@ -191,10 +191,9 @@ def check_vocabulary(tokenizer, source: str, model: str) -> None:
     `tokenizer`, which came from `source`."""
     from transformers import AutoTokenizer
 
-    directory = resolve_model(model)
-    if not has_tokenizer(directory):
+    if not has_tokenizer(model):
         return
-    own = {number: token for token, number in AutoTokenizer.from_pretrained(directory).get_vocab().items()}
+    own = {number: token for token, number in AutoTokenizer.from_pretrained(model).get_vocab().items()}
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if own.get(number, token) != token:
             raise StageError(

@@ -30,14 +30,8 @@ def main(beta: float = 0.1, soft_labels: bool = False, **training: TrainingConfi
 
     def compute_loss(logps, batch):
         chosen, rejected = logps.chunk(2)
-        return dpo_loss(
-            chosen,
-            rejected,
-            batch["ref_chosen_logps"],
-            batch["ref_rejected_logps"],
-            beta,
-            batch["win_prob"] if soft_labels else None,
-        )
+        reference = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+        return dpo_loss(chosen, rejected, *reference, beta, batch["win_prob"] if soft_labels else None)
 
     train(compute_loss, TrainingConfig(**training), PairDataset, loss="dpo", beta=beta, soft_labels=soft_labels)
 

@@ -29,26 +29,12 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from data_utils import (
-    check_vocabulary,
-    check_weights,
-    load_tokenizer,
-    model_fingerprint,
-    resolve_model,
-    resolve_tokenizer,
-)
+from data_utils import check_weights, load_tokenizer, model_fingerprint, resolve_model, resolve_tokenizer
 from records import Data, writer
-from training.datasets import UnscoredPairDataset
+from training.datasets import LOGP_FIELDS, UnscoredPairDataset
 from training.logps import response_logps
 from training.memory import check_choices, plan
-from training.models import (
-    copy_for_logps,
-    load_model,
-    local_batches,
-    micro_batches,
-    start_accelerator,
-    vocabulary_size,
-)
+from training.models import copy_for_logps, load_model, local_batches, micro_batches, start_accelerator, vocabulary_size
 from utils import StageError, check_at_least, file_lists, fingerprint, log, run
 from workers.journal import Journal
 
@@ -58,10 +44,9 @@ GATHER_EVERY = 64  # forward passes between two exchanges among processes
 def load_pairs(paths, model_dirs, tokenizer_dir, max_length):
     """The data sets of the files, which all models can take. Raises StageError where one lacks weights or has another
     tokenizer than the first."""
-    tokenizer = load_tokenizer(model_dirs[0], tokenizer_dir)
     for model_dir in model_dirs:
         check_weights(model_dir)
-        check_vocabulary(tokenizer, tokenizer_dir or model_dirs[0], model_dir)
+        tokenizer = load_tokenizer(model_dir, tokenizer_dir or model_dirs[0])  # compared with the model's own
     vocab_size = min(map(vocabulary_size, model_dirs))
     return [UnscoredPairDataset(path, tokenizer, max_length, vocab_size) for path in paths]
 
@@ -99,21 +84,19 @@ def model_logps(model_dir, datasets, journals, tokens, sharding, accelerator):
     Batches are the same wherever an earlier run was stopped; those that `journals` (the main process's, one a data set)
     holds are not computed again.
     """
-    finished = [
-        [prompt_id in journal.offsets for prompt_id in dataset.ids] for journal, dataset in zip(journals, datasets)
-    ]
-    (finished,) = broadcast_object_list([finished])
-    if not all(map(all, finished)):
+    (finished,) = broadcast_object_list([[set(journal.offsets) for journal in journals]])
+    if not all(ids.issuperset(dataset.ids) for ids, dataset in zip(finished, datasets)):
         began = time.monotonic()
         model, tokens = prepare(load_model(model_dir), datasets, tokens, sharding, accelerator)
         log.info("loaded in %.2f s", time.monotonic() - began)
         for number, dataset in enumerate(datasets):
             batches = micro_batches(range(len(dataset)), dataset.lengths, tokens, accelerator.num_processes)
-            left = [batch for batch in batches if not all(finished[number][i] for i in batch)]
+            left = [batch for batch in batches if not finished[number].issuperset(dataset.ids[i] for i in batch)]
             began = time.monotonic()
+            count = sum(map(len, left))
             bar = tqdm(
                 total=len(dataset),
-                initial=len(dataset) - sum(map(len, left)),
+                initial=len(dataset) - count,
                 unit="pair",
                 desc="log-probabilities",
                 disable=not accelerator.is_main_process,
@@ -125,7 +108,7 @@ def model_logps(model_dir, datasets, journals, tokens, sharding, accelerator):
                     )
                 bar.update(len(found))
             bar.close()
-            log.info("%d pairs in %.2f s", sum(map(len, left)), time.monotonic() - began)
+            log.info("%d pairs in %.2f s", count, time.monotonic() - began)
         accelerator.free_memory(model)
     return [
         [json.loads(line)["logps"] for line in journal.lines(dataset.ids)]
@@ -141,7 +124,7 @@ def compute(model, dataset, batches, accelerator):
     for first in range(0, len(batches), GATHER_EVERY):
         owners, logps = [], []
         for indices, counts in batches[first : first + GATHER_EVERY]:
-            rows = dataset.collate([dataset[i] for i in indices])["rows"]
+            rows = [dataset.row(dataset[i]) for i in indices]
             with torch.no_grad():
                 logps.append(response_logps(model, rows, accelerator.device).reshape(2, -1))
             owners += [(index, counts) for index in indices]
@@ -158,9 +141,8 @@ def write(dataset, path, last, ref):
     with writer(path, Data) as write_record:
         for index in range(len(dataset)):
             record = dataset[index]
-            names = ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
             lengths = {f"{side}_num_tokens": len(record[f"{side}_token_ids"]) for side in ("chosen", "rejected")}
-            write_record(record | dict(zip(names, [*last[index], *ref[index]])) | lengths)
+            write_record(record | dict(zip(LOGP_FIELDS, [*last[index], *ref[index]])) | lengths)
     log.info("%s: %d pairs", path, len(dataset))
 
 

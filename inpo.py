@@ -34,27 +34,13 @@ def main(eta: float = 0.002, tau_eta_ratio: float = 1 / 3, soft_labels: bool = F
 
     def compute_loss(logps, batch):
         chosen, rejected = logps.chunk(2)
-        return inpo_loss(
-            chosen,
-            rejected,
-            batch["ref_chosen_logps"],
-            batch["ref_rejected_logps"],
-            batch["last_chosen_logps"],
-            batch["last_rejected_logps"],
-            eta,
-            tau_eta_ratio,
-            batch["win_prob"] if soft_labels else None,
-        )
+        reference = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+        last = batch["last_chosen_logps"], batch["last_rejected_logps"]
+        win_prob = batch["win_prob"] if soft_labels else None
+        return inpo_loss(chosen, rejected, *reference, *last, eta, tau_eta_ratio, win_prob)
 
-    train(
-        compute_loss,
-        TrainingConfig(**training),
-        PairDataset,
-        loss="inpo",
-        eta=eta,
-        tau_eta_ratio=tau_eta_ratio,
-        soft_labels=soft_labels,
-    )
+    method = {"loss": "inpo", "eta": eta, "tau_eta_ratio": tau_eta_ratio, "soft_labels": soft_labels}
+    train(compute_loss, TrainingConfig(**training), PairDataset, **method)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,8 @@ def main(eta: float = 0.002, soft_labels: bool = False, **training: TrainingConf
 
     def compute_loss(logps, batch):
         chosen, rejected = logps.chunk(2)
-        return ipo_loss(
-            chosen,
-            rejected,
-            batch["ref_chosen_logps"],
-            batch["ref_rejected_logps"],
-            eta,
-            batch["win_prob"] if soft_labels else None,
-        )
+        reference = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+        return ipo_loss(chosen, rejected, *reference, eta, batch["win_prob"] if soft_labels else None)
 
     train(compute_loss, TrainingConfig(**training), PairDataset, loss="ipo", eta=eta, soft_labels=soft_labels)
 

@@ -19,9 +19,8 @@ from utils import run
 
 def main(**training: TrainingConfig):
     """Fine-tune on chats."""
-    train(
-        lambda logps, batch: mle_loss(logps, batch["num_tokens"]), TrainingConfig(**training), ChatDataset, loss="mle"
-    )
+    compute_loss = lambda logps, batch: mle_loss(logps, batch["num_tokens"])
+    train(compute_loss, TrainingConfig(**training), ChatDataset, loss="mle")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import hashlib
 import inspect
@@ -45,13 +44,9 @@ def run(*commands: Callable[..., None]) -> None:
     if len(commands) > 1:
         named = {function.__name__: function for function in commands}
         if not words or words[0] not in named:
-            lines = [f"  {name:14} {(inspect.getdoc(it) or '').partition(chr(10))[0]}" for name, it in named.items()]
-            print(
-                f"usage: {program} COMMAND --flag value ...   (COMMAND --help for its flags)",
-                *lines,
-                sep="\n",
-                file=sys.stderr,
-            )
+            usage = [f"usage: {program} COMMAND --flag value ...   (COMMAND --help for its flags)"]
+            usage += [f"  {name:14} {(inspect.getdoc(it) or '').partition(chr(10))[0]}" for name, it in named.items()]
+            print(*usage, sep="\n", file=sys.stderr)
             sys.exit(0 if words[:1] in (["--help"], ["-h"]) else 2)
         command = named[words.pop(0)]
         program = f"{program} {command.__name__}"
@@ -82,21 +77,19 @@ class _Parser(argparse.ArgumentParser):
 
 def _read_flags(program, command, words):
     """{flag: value}. Ends the process with code 2 where a word is neither a flag nor the value of one."""
-    parser = _Parser(program, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parameters = list(inspect.signature(command).parameters.values())
-    config = next((p.annotation for p in parameters if p.kind is p.VAR_KEYWORD), None)
-    own = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    flags = {p.name: (str if p.annotation is p.empty else p.annotation, p.default) for p in own}
-    for field in dataclasses.fields(config) if config else ():
-        flags[field.name] = field.type, inspect._empty if field.default is dataclasses.MISSING else field.default
+    config = parameters.pop().annotation if inspect.getfullargspec(command).varkw else None
+    parameters += inspect.signature(config).parameters.values() if config else ()
+    flags = {p.name: (str if p.annotation is p.empty else p.annotation, p.default) for p in parameters}
     texts = [inspect.getdoc(one) or "" for one in (command, *(inspect.getmro(config)[:-1] if config else ()))]
     explained = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", "\n".join(texts), re.MULTILINE))
+    parser = _Parser(program, allow_abbrev=False, argument_default=argparse.SUPPRESS)  # commands have their defaults
     parser.description = texts[0].partition("Args:")[0].strip()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     required = [name for name, (_, default) in flags.items() if default is inspect._empty]
     for name, (kind, default) in flags.items():
         text = " ".join(explained.get(name, "").split()) + (f" (default: {default!r})", " (required)")[name in required]
-        # The command has its own defaults.
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        options = {"help": text.replace("%", "%%")}
         if kind is list:
             parser.add_argument(name, nargs="*", **options)
         else:
@@ -138,8 +131,7 @@ def check_at_least(low: float, **flags: float) -> None:
             raise StageError(f"--{name} should be at least {low}, got {value}")
 
 
-# What files of other kinds begin with.
-_KINDS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"PK\3\4": "zip"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"PK\3\4": "zip"}
 
 
 def check_input(path: str | Path, also: str = "") -> None:
@@ -151,7 +143,7 @@ def check_input(path: str | Path, also: str = "") -> None:
         raise StageError(f"input file {path} is empty; the stage that wrote it has nothing to pass on")
     with open(path, "rb") as file:
         start = file.read(4)
-    kind = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), also)
+    kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), also)
     if kind != also:
         raise StageError(f"input file {path} is a {kind} file, not JSONL in UTF-8; unpack or convert it first")
 
@@ -166,16 +158,14 @@ def check_output(name: str, path: str | Path) -> None:
 
 
 def file_lists(**flags: str) -> list[list[Path]]:
-    """Comma-separated path flags as equally long lists of paths; `output` and `compared` are outputs. Raises StageError
-    for other lengths, an input without anything in it, and an output that is given twice, an input, or no file.
-    """
+    """Comma-separated path flags, outputs (`output`, `compared`) last, as equally long lists. Raises StageError for
+    other lengths, an input without anything in it, and an output that is given twice, an input, or no file."""
     lists = {name: [Path(part) for part in split_list(value)] for name, value in flags.items()}
-    counts = {name: len(paths) for name, paths in lists.items()}
-    if len(set(counts.values())) != 1 or not max(counts.values()):
-        found = ", ".join(f"--{name} has {count}" for name, count in counts.items())
+    if len(set(map(len, lists.values()))) != 1 or not all(lists.values()):
+        found = ", ".join(f"--{name} has {len(paths)}" for name, paths in lists.items())
         raise StageError(f"these flags need one file each, or equally long comma-separated lists: {found}")
     taken = []
-    for name, paths in sorted(lists.items(), key=lambda item: item[0] in ("output", "compared")):
+    for name, paths in lists.items():
         for path in paths:
             if name not in ("output", "compared"):
                 check_input(path)

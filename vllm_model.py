@@ -10,13 +10,21 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from data_utils import check_architecture, check_weights, model_fingerprint, resolve_model, resolve_tokenizer
+from data_utils import (
+    check_architecture,
+    check_weights,
+    encode_prompt,
+    end_token_id,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+    resolve_tokenizer,
+)
 from utils import StageError, check_at_least, derive_seed, first_line
 from workers.engine_settings import EngineConfig, constant_path, engine_settings, prepare_process
 from workers.journal import Skipped
@@ -56,7 +64,7 @@ class SamplerConfig(EngineConfig):
         super().__post_init__()
         check_at_least(1, max_prompt_tokens=self.max_prompt_tokens, max_new_tokens=self.max_new_tokens)
 
-    # Resolved once, in the stage; the workers get the values with the rest.
+    # Found once, in the stage, by `fingerprint`; the workers get the values with the rest.
     @cached_property
     def model_path(self) -> str:
         """The model's directory."""
@@ -69,7 +77,8 @@ class SamplerConfig(EngineConfig):
 
     def fingerprint(self) -> dict:
         """{setting: value} of all that samples depend on; of the model the contents instead of its name."""
-        return super().fingerprint() | {"model": model_fingerprint(self.model_path)}
+        model, _ = self.model_path, self.tokenizer_path
+        return super().fingerprint() | {"model": model_fingerprint(model)}
 
 
 def check_top_p(value: float) -> None:
@@ -169,15 +178,6 @@ def load_config(directory: str):
         raise StageError(f"transformers cannot read {directory}/config.json: {first_line(error)}") from None
 
 
-class AtOnce:
-    """A ThreadPoolExecutor without a thread."""
-
-    def submit(self, function: Callable, *arguments) -> Future:
-        done: Future = Future()
-        done.set_result(function(*arguments))
-        return done
-
-
 class EngineWork:
     """Records through one engine, as the work of a worker process (workers/worker.py).
 
@@ -185,9 +185,9 @@ class EngineWork:
         requests(job, record)    the requests of a record, [(token ids, vLLM's parameters)], or why it is skipped, text
         read(record, outputs)    its result, from vLLM's outputs of its requests, in their order
 
-    With a GPU `requests` runs in a thread of its own: what was begun is encoded while the engine steps. Records that
-    were begun together reach the engine together, and all in their order. When they do depends on the thread, and with
-    that a result's last digits. On a CPU a thread would take the engine's time, so they are encoded before the step.
+    `requests` runs in a thread of its own, with a GPU while the engine steps. Records that were begun together reach
+    the engine together, and all in their order. When they do depends on the thread, and with that a result's last
+    digits. On a CPU the thread would take the engine's time, so the step waits for it.
     """
 
     engine: Engine
@@ -199,24 +199,28 @@ class EngineWork:
         raise NotImplementedError
 
     def __init__(self):
-        self.new = []  # (key, task) begun since the last step
-        self.encoder = ThreadPoolExecutor(1, "encoder") if os.environ.get("CUDA_VISIBLE_DEVICES") else AtOnce()
-        self.encoding = deque()  # futures of what was begun together, first come first
+        self.encoder = ThreadPoolExecutor(1, "encoder")
+        self.beside = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))  # whether it works while the engine steps
+        self.new = []  # (key, record, future of its requests) begun since the last step
+        self.encoding = deque()  # lists of these, begun together, first come first
         # By key: (record, ids of its requests, {request id: output}), a Skipped, or the exception that it has caused.
         self.begun = {}
         self.owners = {}  # by request id: key
         self.ready = []  # keys that wait for nothing
 
     def begin(self, key, task: tuple[int, dict]) -> None:
-        self.new.append((key, task))
+        job, record = task
+        self.new.append((key, record, self.encoder.submit(self.requests, job, record)))
 
     def step(self) -> list:
         if self.new:
-            self.encoding.append(self.encoder.submit(self._encode, self.new))
+            self.encoding.append(self.new)
             self.new = []
-        # The engine takes what is encoded; it waits for that only when it has nothing else to do.
-        while self.encoding and (self.encoding[0].done() or not (self.owners or self.ready)):
-            for encoded in self.encoding.popleft().result():
+        while self.encoding:
+            _, _, last = self.encoding[0][-1]
+            if self.beside and not last.done() and (self.owners or self.ready):
+                break  # there is something else to do
+            for encoded in self.encoding.popleft():
                 self._hand_on(*encoded)
         if not self.ready:
             for output in self.engine.step():
@@ -239,28 +243,18 @@ class EngineWork:
         record, ids, outputs = begun
         return self.read(record, [outputs[name] for name in ids])
 
-    def _encode(self, tasks):
-        """[(key, record, its requests, why it is skipped, or the exception that it causes)], in the thread."""
-        found = []
-        for key, (job, record) in tasks:
-            try:
-                requests = self.requests(job, record)
-            except Exception as error:
-                requests = error
-            found.append((key, record, requests))
-        return found
-
-    def _hand_on(self, key, record, requests):
+    def _hand_on(self, key, record, future):
         """Add the requests of a record to the engine."""
         ids = []
-        if isinstance(requests, list):
-            try:
+        try:
+            requests = future.result()
+            if isinstance(requests, list):
                 ids = self.engine.enqueue(requests)
-            except Exception as error:
-                requests = error
-        if isinstance(requests, str):
-            requests = Skipped(record["prompt_id"], requests)
-        self.begun[key] = (record, ids, {}) if isinstance(requests, list) else requests
+                self.begun[key] = record, ids, {}
+            else:
+                self.begun[key] = Skipped(record["prompt_id"], requests)
+        except Exception as error:
+            self.begun[key] = error
         self.owners |= dict.fromkeys(ids, key)
         if not ids:
             self.ready.append(key)
@@ -278,8 +272,6 @@ class Sampler(EngineWork):
     """
 
     def __init__(self, config: SamplerConfig, num_samples: list[int], temperature: list[float], top_p: list[float]):
-        from data_utils import end_token_id, load_tokenizer
-
         super().__init__()
         self.config, self.num_samples, self.temperature, self.top_p = config, num_samples, temperature, top_p
         self.tokenizer = load_tokenizer(config.model_path, config.tokenizer_path)
@@ -289,13 +281,22 @@ class Sampler(EngineWork):
         self.engine = Engine(config.model_path, config.tokenizer_path, length, config)
 
     def requests(self, job: int, record: dict) -> list[tuple] | str:
-        from data_utils import encode_prompt
+        from vllm import SamplingParams
 
         with self.tokenizing:
             ids = encode_prompt(self.tokenizer, record["prompt"])
         if len(ids) > self.config.max_prompt_tokens:
             return f"the prompt has {len(ids)} tokens, --max_prompt_tokens is {self.config.max_prompt_tokens}"
-        return [(ids, self.params(job, record))]
+        params = SamplingParams(
+            n=self.num_samples[job],
+            temperature=self.temperature[job],
+            top_p=self.top_p[job],
+            max_tokens=self.config.max_new_tokens,
+            seed=derive_seed(self.config.seed, record["prompt_id"]),
+            stop_token_ids=self.end_ids,
+            detokenize=False,
+        )
+        return [(ids, params)]
 
     def read(self, record: dict, outputs: list) -> dict:
         (output,) = outputs
@@ -307,26 +308,9 @@ class Sampler(EngineWork):
             "samples": [self.sample(completion) for completion in completions],
         }
 
-    def params(self, job, record):
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            n=self.num_samples[job],
-            temperature=self.temperature[job],
-            top_p=self.top_p[job],
-            max_tokens=self.config.max_new_tokens,
-            seed=derive_seed(self.config.seed, record["prompt_id"]),
-            stop_token_ids=self.end_ids,
-            detokenize=False,
-        )
-
     def sample(self, completion):
         ids = list(completion.token_ids)
         content = ids[:-1] if completion.finish_reason == "stop" else ids
         with self.tokenizing:
             text = self.tokenizer.decode(content, skip_special_tokens=True)
-        return {
-            "text": text,
-            "token_ids": ids,
-            "finish_reason": completion.finish_reason,
-        }
+        return {"text": text, "token_ids": ids, "finish_reason": completion.finish_reason}

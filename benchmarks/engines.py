@@ -48,7 +48,7 @@ def started(queue, kind, config, records, num_samples, began):
         work = Sampler(config, [num_samples], [1.0], [1.0])
     else:
         generative.MIN_LABEL_MASS = 0  # of random weights
-        work = GenerativeJudge(config).work()
+        work = GenerativeJudge(config)
     warm_up, *records = records
     run_here(work, [(0, warm_up)])
     start, began = time.time() - began, time.perf_counter()

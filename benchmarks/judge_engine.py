@@ -6,8 +6,8 @@
 `margins` judges in bfloat16 with the output layer in bfloat16, in bfloat16 with it in float32, as the project does, and
 in float32, and counts the different margins (log P(first label) - log P(second label), to 1e-4); then the same with the
 scores of a reward model with random weights.
-`encoding` judges chunks of prompts, two of which are in flight, as in a worker: once encoded by the thread that steps the
-engine, once by one beside it, in turn. With --device_ms the engine is replaced by a wait of so many milliseconds a
+`encoding` judges chunks of prompts, two of which are in flight, as in a worker: once encoded before the engine
+steps, once beside it, in turn. With --device_ms the engine is replaced by a wait of so many milliseconds a
 prompt, in which the processor is free, as while a GPU works: this says what can be saved there, and not what it takes.
 The instructions and the responses are texts of the file.
 """
@@ -16,7 +16,6 @@ import os
 import tempfile
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 from common import in_its_own_process, random_model, record
@@ -28,7 +27,6 @@ from judges.base import JudgeConfig
 from judges.generative import GenerativeJudge
 from judges.reward import RewardJudge
 from utils import run
-from vllm_model import AtOnce
 from workers.scheduler import IN_FLIGHT
 from workers.worker import Worker, run_here
 
@@ -50,17 +48,13 @@ def judged_margins(queue, config, records):
         return read(output)
 
     judge.read_labels = keep
-    run_here(judge.work(), [(0, one) for one in records])
+    run_here(judge, [(0, one) for one in records])
     queue.put(found)
 
 
 def rewards(queue, config, records):
     queue.put(
-        [
-            reward
-            for one in run_here(RewardJudge(config).work(), [(0, one) for one in records])
-            for reward in one["rewards"]
-        ]
+        [reward for one in run_here(RewardJudge(config), [(0, one) for one in records]) for reward in one["rewards"]]
     )
 
 
@@ -116,25 +110,24 @@ class Device:
 
 
 def both_ways(queue, config, warm_up, chunks, rounds, device_ms):
-    """[(seconds with encoding in the stepping thread, beside it)], and the seconds that encoding alone takes."""
+    """[(seconds with encoding before the step, beside it)], and the seconds that encoding alone takes."""
     generative.MIN_LABEL_MASS = 0  # of random weights
     if device_ms:
         generative.Engine = lambda *_: Device(device_ms)
     judge, times = GenerativeJudge(config), []
-    run_here(judge.work(), [(0, warm_up)])
+    run_here(judge, [(0, warm_up)])
     began = time.perf_counter()
     for one in (one for chunk in chunks for one in chunk):
-        judge.requests(one)
+        judge.requests(0, one)
     alone = time.perf_counter() - began
     for _ in range(rounds):
         pair = []
         for beside in (False, True):
-            work = judge.work()
-            work.encoder = ThreadPoolExecutor(1) if beside else AtOnce()
+            judge.beside = beside
             if not device_ms:
                 judge.engine.llm.llm_engine.reset_prefix_cache()
             began = time.perf_counter()
-            drive(Worker(work), chunks)
+            drive(Worker(judge), chunks)
             pair.append(time.perf_counter() - began)
         times.append(pair)
     queue.put((times, alone))
@@ -168,7 +161,7 @@ def encoding(
         [
             "| encoding | seconds, each round | median |",
             "|---|---|---|",
-            f"| in the thread that steps | {', '.join(f'{one:.2f}' for one, _ in times)} | {inline:.2f} |",
+            f"| before the step | {', '.join(f'{one:.2f}' for one, _ in times)} | {inline:.2f} |",
             f"| beside it | {', '.join(f'{one:.2f}' for _, one in times)} | {beside:.2f} |",
             "",
             f"x{inline / beside:.2f}; encoding alone takes {alone:.2f} s, {1000 * alone / judgements:.2f} ms a judging prompt.",

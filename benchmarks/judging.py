@@ -69,11 +69,10 @@ def one_way(queue, way, config, records):
     by_hand = SamplingParams(max_tokens=16, temperature=0, logprobs=20, detokenize=False)
     warm_up, *records = records
     if way == "ours":
-        work = judge.work()
-        run_here(work, [(0, warm_up)])
+        run_here(judge, [(0, warm_up)])
         forget(counts, prompts)
         began = time.perf_counter()
-        results = run_here(work, [(0, one) for one in records])
+        results = run_here(judge, [(0, one) for one in records])
         taken = time.perf_counter() - began
         found = {
             (one["prompt"], a["text"], b["text"]): one["win_probs"][i][j]

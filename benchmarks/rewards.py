@@ -29,7 +29,7 @@ def make_reward_model(source, hidden, layers, folder):
 
 
 def with_vllm(queue, config, records):
-    judge = RewardJudge(config).work()
+    judge = RewardJudge(config)
     warm_up, *records = records
     run_here(judge, [(0, warm_up)])
     began = time.perf_counter()

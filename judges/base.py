@@ -1,6 +1,6 @@
 """Judges: P(first response beats second), from a generative judge, reward models, a server, or a panel of them.
 
-A judge compares the responses of one record with `prompt` and `samples`, and gives the record's new fields:
+A judge compares the responses of one record with `prompt` and `samples`, and adds fields to the record:
     win_probs   K x K, [i][j] = P(sample i beats sample j), null on the diagonal, 1/2 between identical texts
     order_gap   mean absolute disagreement of the two presentation orders; null when all K texts are identical; 0 where
                 a judge sees no order
@@ -15,13 +15,11 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from data_utils import model_fingerprint, resolve_tokenizer
 from utils import StageError, check_at_least, fingerprint, split_list
-from vllm_model import Engine, EngineWork, usable_model
+from vllm_model import usable_model
 from workers.engine_settings import EngineConfig
-from workers.worker import Work
 
 # Imported only when they are asked for.
 JUDGE_TYPES = {
@@ -42,7 +40,8 @@ def judge_class(judge_type: str) -> type["Judge"]:
 
 
 class Judge:
-    """What every kind of judges says of itself, and what it does for one record.
+    """What every kind of judges says of itself. The class is called with a JudgeConfig in a worker process, whose work
+    (workers/worker.py) the object is; that of a model is vllm_model.EngineWork too.
 
     needs_engine: it is a model's directory or Hub id and runs on this machine; otherwise it is only a name.
     has_labels: its `label_mass` says how much of its probability it puts on the two labels.
@@ -52,10 +51,6 @@ class Judge:
     needs_engine = True
     has_labels = True
     settings: tuple[str, ...] = ()
-    engine: Engine
-
-    def __init__(self, config: "JudgeConfig"):
-        raise NotImplementedError
 
     @staticmethod
     def check(config: "JudgeConfig") -> None:
@@ -64,31 +59,6 @@ class Judge:
     @staticmethod
     def report(paths: list[Path]) -> None:
         """Log what there is to say about finished outputs."""
-
-    def requests(self, record: dict) -> list | str:
-        """What it asks about a record: of its engine [(token ids, vLLM's parameters)], of a server texts. Or why the
-        record is skipped."""
-        raise NotImplementedError
-
-    def read(self, record: dict, outputs: list) -> Any:
-        """The record's new fields, from the answers to its requests, in their order."""
-        raise NotImplementedError
-
-    def work(self) -> Work:
-        """The judge as the work of a worker process."""
-        return _EngineJudgeWork(self)
-
-
-class _EngineJudgeWork(EngineWork):
-    def __init__(self, judge):
-        super().__init__()
-        self.judge, self.engine = judge, judge.engine
-
-    def requests(self, job, record):
-        return self.judge.requests(record)
-
-    def read(self, record, outputs):
-        return record | self.judge.read(record, outputs)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +109,7 @@ class JudgeConfig(EngineConfig):
         """The class of this judge, which is no panel."""
         return judge_class(self.judge_type)
 
-    # Resolved once, in the stage; the workers get the values with the rest.
+    # Found once, in the stage, by `fingerprint`; the workers get the values with the rest.
     @cached_property
     def judge_path(self) -> str:
         """The judge's directory."""
@@ -186,7 +156,10 @@ class JudgeConfig(EngineConfig):
             settings["head_dtype"] = "float32"  # judgements of earlier versions, whose output layer rounded, are others
         if "template" in settings:
             settings["template"] = fingerprint(read_template(self.template))
-        judge = model_fingerprint(self.judge_path) if self.kind.needs_engine else self.judge
+        judge = self.judge
+        if self.kind.needs_engine:
+            path, _ = self.judge_path, self.tokenizer_path
+            judge = model_fingerprint(path)
         return settings | {"judge_type": self.judge_type, "judge": judge}
 
 
@@ -242,9 +215,10 @@ def sigmoid(x: float) -> float:
 # ---------------------------------------------------------------------------------------------- templates, labels
 
 
-def too_long(tokens: int, limit: int) -> str:
-    """Why a record is skipped whose judging prompt has too many tokens."""
-    return f"a judging prompt has {tokens} tokens, the limit is {limit}"
+def too_long(prompts: list[list[int]], limit: int) -> str:
+    """Why a record is skipped one of whose judging prompts has too many tokens; empty where none has."""
+    longest = max(map(len, prompts), default=0)
+    return f"a judging prompt has {longest} tokens, the limit is {limit}" if longest > limit else ""
 
 
 # Names of the three parts: ours, and those of published judge templates.

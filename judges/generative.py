@@ -2,6 +2,7 @@
 
 import math
 
+from data_utils import encode_prompt, encode_text, load_tokenizer
 from judges.base import (
     Judge,
     JudgeConfig,
@@ -14,22 +15,19 @@ from judges.base import (
     win_matrix,
 )
 from utils import StageError, split_list
-from vllm_model import Engine
+from vllm_model import Engine, EngineWork
 
 MIN_LABEL_MASS = 0.05  # mean probability of both labels together; below it a model is no judge
 ENOUGH = {"records": 8, "answers": 20}  # after so many it is looked at
 
 
-class GenerativeJudge(Judge):
+class GenerativeJudge(EngineWork, Judge):
     """A model that answers with one of two labels.
 
     P(first beats second) is read at the one position where the two labels' token ids part: everything before it
     (the chat prompt and the labels' common beginning, `Output (`) is given, and the log-probabilities of exactly
     the two deciding tokens are asked for, so neither can fall out of a top-k list. Each ordered pair of *different*
     texts is judged once; identical texts get 1/2.
-
-    Args:
-        config: JudgeConfig
 
     Raises StageError for labels that no single position decides.
     """
@@ -38,8 +36,7 @@ class GenerativeJudge(Judge):
     check = staticmethod(check_labels)
 
     def __init__(self, config: JudgeConfig):
-        from data_utils import encode_text, load_tokenizer
-
+        super().__init__()
         self.template, self.max_prompt_tokens = read_template(config.template), config.max_prompt_tokens
         self.tokenizer = load_tokenizer(config.judge_path, config.tokenizer_path)
         labels = (encode_text(self.tokenizer, label) for label in split_list(config.labels))
@@ -47,33 +44,28 @@ class GenerativeJudge(Judge):
         self.records, self.answers, self.mass = 0, 0, 0.0  # how many so far, and the sum of the label masses
         self.engine = Engine(config.judge_path, config.tokenizer_path, self.max_prompt_tokens + 1, config, "judge")
 
-    def requests(self, record: dict) -> list[tuple] | str:
+    def requests(self, job: int, record: dict) -> list[tuple] | str:
         from vllm import SamplingParams
 
         prompts = [self.encode(record["prompt"], first, second) for first, second in orders(record)]
-        longest = max(map(len, prompts), default=0)
-        if longest > self.max_prompt_tokens:
-            return too_long(longest, self.max_prompt_tokens)
         asked = dict(max_tokens=1, temperature=0, logprob_token_ids=list(self.label_ids), detokenize=False)
-        return [(prompt, SamplingParams(**asked)) for prompt in prompts]
+        return too_long(prompts, self.max_prompt_tokens) or [(prompt, SamplingParams(**asked)) for prompt in prompts]
 
     def encode(self, prompt: str, first: str, second: str) -> list[int]:
         """The token ids of a judging prompt, up to the position that decides."""
-        from data_utils import encode_prompt
-
         return encode_prompt(self.tokenizer, fill_template(self.template, prompt, first, second)) + self.label_prefix
 
     def read(self, record: dict, outputs: list) -> dict:
         answers = [self.read_labels(output) for output in outputs]
         self.check_mass([mass for _, mass in answers])
-        return win_matrix([sample["text"] for sample in record["samples"]], dict(zip(orders(record), answers)))
+        texts = [sample["text"] for sample in record["samples"]]
+        return record | win_matrix(texts, dict(zip(orders(record), answers)))
 
     def check_mass(self, masses: list[float]) -> None:
         """Count the label masses of a record; raise StageError once the model turns out not to be a judge."""
         self.records, self.answers, self.mass = self.records + 1, self.answers + len(masses), self.mass + sum(masses)
-        if self.records < ENOUGH["records"] or self.answers < ENOUGH["answers"]:
-            return
-        if self.mass / self.answers < MIN_LABEL_MASS:
+        enough = self.records >= ENOUGH["records"] and self.answers >= ENOUGH["answers"]
+        if enough and self.mass / self.answers < MIN_LABEL_MASS:
             raise StageError(
                 f"{self.engine.model} puts {self.mass / self.answers:.2g} of its probability on the two labels, so it "
                 "does not answer with one of them; is it a judge, and are --template and --labels its own?"

@@ -4,19 +4,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from judges.base import Judge, JudgeConfig
+from judges.base import JudgeConfig
 from records import Record, SkippedPrompt, read, writer
 from utils import fingerprint, log
 from workers.journal import Skipped, list_skipped, listing_of
 from workers.pool import map_files
-from workers.worker import Work
 
 Job = tuple[Callable[[], Iterator[dict]], Path]  # records with `prompt` and `samples`, output path
-
-
-def start_judge(kind: type[Judge], config: JudgeConfig) -> Work:
-    """The judge of a configuration, in its worker process."""
-    return kind(config).work()
 
 
 def judge_files(jobs: list[Job], config: JudgeConfig, description: str) -> None:
@@ -32,7 +26,7 @@ def judge_files(jobs: list[Job], config: JudgeConfig, description: str) -> None:
     members = config.members()
     if len(members) == 1:
         made_by = config.fingerprint()
-        map_files([(*job, made_by) for job in jobs], partial(start_judge, config.kind, config), config, description)
+        map_files([(*job, made_by) for job in jobs], partial(config.kind, config), config, description)
         config.kind.report([path for _, path in jobs])
         return
     digests = [fingerprint(records()) for records, _ in jobs]

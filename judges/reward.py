@@ -2,20 +2,29 @@
 
 import math
 
+from data_utils import encode_chat, load_tokenizer
 from judges.base import Judge, JudgeConfig, different_texts, orders, sigmoid, too_long, win_matrix
 from utils import StageError
-from vllm_model import Engine, load_config
+from vllm_model import Engine, EngineWork, load_config
 
 
-class RewardJudge(Judge):
+def temperature(config: JudgeConfig) -> float:
+    """T of the sigmoid. Raises StageError unless it is a number greater than 0."""
+    try:
+        value = float(config.reward_temperature)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise StageError(f"--reward_temperature should be a number greater than 0, got {config.reward_temperature}")
+    return value
+
+
+class RewardJudge(EngineWork, Judge):
     """A reward model, r(prompt, response): P(first beats second) = sigmoid((r(first) - r(second)) / T), Bradley-Terry.
 
     Each different response is scored once, through vLLM's pooling; `rewards` has the raw scores of the K responses.
     Several such judges are the mixture of the paper's second version: the mean of their probabilities, not of their
     scores.
-
-    Args:
-        config: JudgeConfig
 
     Raises StageError for a model that is no sequence classifier with one output.
     """
@@ -23,13 +32,10 @@ class RewardJudge(Judge):
     has_labels = False
     settings = ("dtype", "engine_args", "judge_tokenizer", "reward_temperature", "max_prompt_tokens")
 
-    @staticmethod
-    def check(config: JudgeConfig) -> None:
-        temperature(config)
+    check = staticmethod(temperature)
 
     def __init__(self, config: JudgeConfig):
-        from data_utils import load_tokenizer
-
+        super().__init__()
         self.temperature, self.max_prompt_tokens = temperature(config), config.max_prompt_tokens
         model = load_config(config.judge_path)
         kind = (model.architectures or ["unknown"])[0]
@@ -41,21 +47,16 @@ class RewardJudge(Judge):
         self.tokenizer = load_tokenizer(config.judge_path, config.tokenizer_path)
         self.engine = Engine(config.judge_path, config.tokenizer_path, self.max_prompt_tokens, config, "reward")
 
-    def requests(self, record: dict) -> list[tuple] | str:
+    def requests(self, job: int, record: dict) -> list[tuple] | str:
         from vllm import PoolingParams
 
-        chats = [self.encode(record["prompt"], text) for text in different_texts(record)]
-        longest = max(map(len, chats))
-        if longest > self.max_prompt_tokens:
-            return too_long(longest, self.max_prompt_tokens)
-        return [(chat, PoolingParams(task="classify", use_activation=False)) for chat in chats]
-
-    def encode(self, prompt: str, response: str) -> list[int]:
-        """The token ids of a prompt and a response."""
-        from data_utils import encode_chat
-
-        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return encode_chat(self.tokenizer, chat, add_generation_prompt=False)
+        asked = {"role": "user", "content": record["prompt"]}
+        chats = [
+            encode_chat(self.tokenizer, [asked, {"role": "assistant", "content": text}], add_generation_prompt=False)
+            for text in different_texts(record)
+        ]
+        params = dict(task="classify", use_activation=False)
+        return too_long(chats, self.max_prompt_tokens) or [(chat, PoolingParams(**params)) for chat in chats]
 
     def read(self, record: dict, outputs: list) -> dict:
         rewards = dict(zip(different_texts(record), (output.outputs.data.item() for output in outputs)))
@@ -68,15 +69,4 @@ class RewardJudge(Judge):
             for first, second in orders(record)
         }
         texts = [sample["text"] for sample in record["samples"]]
-        return win_matrix(texts, judgements) | {"rewards": [rewards[text] for text in texts]}
-
-
-def temperature(config: JudgeConfig) -> float:
-    """T of the sigmoid. Raises StageError unless it is a number greater than 0."""
-    try:
-        value = float(config.reward_temperature)
-    except ValueError:
-        value = 0
-    if not 0 < value < math.inf:
-        raise StageError(f"--reward_temperature should be a number greater than 0, got {config.reward_temperature}")
-    return value
+        return record | win_matrix(texts, judgements) | {"rewards": [rewards[text] for text in texts]}

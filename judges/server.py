@@ -15,14 +15,11 @@ from workers.journal import Skipped, listing_of
 
 
 class ServerJudge(Judge):
-    """A generative judge behind a server.
+    """A generative judge behind a server; threads ask it, `--api_concurrency` at once.
 
-    The server answers freely; P is read where the two labels part (`read_answer`), from the log-probabilities where the
+    It answers freely; P is read where the two labels part (`read_answer`), from the log-probabilities where the
     server gives them, else from the answer alone, as 0 or 1. `usage` counts requests and tokens. The special tokens'
     spellings inside a response are the server's affair.
-
-    Args:
-        config: JudgeConfig
     """
 
     needs_engine = False
@@ -60,14 +57,29 @@ class ServerJudge(Judge):
         self.client = openai.OpenAI(base_url=base, api_key=key or "none", max_retries=config.api_retries, timeout=300)
         self.quiet_until, self.lock = 0.0, threading.Lock()
         self.answers = {True: 0, False: 0}  # with one of the labels, with something else
+        self.threads = ThreadPoolExecutor(config.api_concurrency)
+        self.begun = {}  # by key: (record, futures of its answers)
 
-    def work(self) -> "ServerWork":
-        return ServerWork(self, self.config.api_concurrency)
+    def begin(self, key, task: tuple[int, dict]) -> None:
+        _, record = task
+        texts = [fill_template(self.template, record["prompt"], *order) for order in orders(record)]
+        self.begun[key] = record, [self.threads.submit(self.ask, text) for text in texts]
 
-    def requests(self, record: dict) -> list[str]:
-        return [fill_template(self.template, record["prompt"], *order) for order in orders(record)]
+    def step(self) -> list:
+        asked = [future for _, futures in self.begun.values() for future in futures if not future.done()]
+        wait(asked, timeout=1, return_when=FIRST_COMPLETED)
+        return [key for key, (_, futures) in self.begun.items() if self._is_ready(futures)]
 
-    def read(self, record: dict, outputs: list) -> dict | Skipped:
+    @staticmethod
+    def _is_ready(futures):
+        """Whether all is answered, or an exception has come: that is told at once."""
+        done = [future for future in futures if future.done()]
+        return len(done) == len(futures) or any(future.exception() for future in done)
+
+    def result(self, key) -> dict | Skipped:
+        record, futures = self.begun.pop(key)
+        failed = next((future for future in futures if future.done() and future.exception()), None)
+        outputs = [future.result() for future in ([failed] if failed else futures)]
         counts = [sum(usage[n] for _, usage in outputs) for n in range(2)]
         usage = {"requests": len(outputs), "prompt_tokens": counts[0], "completion_tokens": counts[1]}
         answers = [answer for answer, _ in outputs]
@@ -75,7 +87,7 @@ class ServerJudge(Judge):
         if refused:
             return Skipped(record["prompt_id"], refused, usage)
         texts = [sample["text"] for sample in record["samples"]]
-        return win_matrix(texts, dict(zip(orders(record), answers))) | {"usage": usage}
+        return record | win_matrix(texts, dict(zip(orders(record), answers))) | {"usage": usage}
 
     def ask(self, prompt):
         """((P(first label), mass of both) or why the record is skipped, (prompt tokens, completion tokens))."""
@@ -104,15 +116,13 @@ class ServerJudge(Judge):
         completion = response.parse()
         usage = (completion.usage.prompt_tokens, completion.usage.completion_tokens) if completion.usage else (0, 0)
         choice = completion.choices[0]
-        content = choice.logprobs.content if choice.logprobs else None
-        judgement = (
-            read_answer(
-                [(token.token, [(top.token, top.logprob) for top in token.top_logprobs]) for token in content],
-                self.labels,
-            )
-            if content
-            else parse_answer(choice.message.content or "", self.labels)
-        )
+        if choice.logprobs and choice.logprobs.content:
+            tokens = [
+                (one.token, [(top.token, top.logprob) for top in one.top_logprobs]) for one in choice.logprobs.content
+            ]
+            judgement = read_answer(tokens, self.labels)
+        else:
+            judgement = parse_answer(choice.message.content or "", self.labels)
         with self.lock:
             self.answers[judgement is not None] += 1
             if self.answers[False] >= 20 and not self.answers[True]:
@@ -151,39 +161,6 @@ class ServerJudge(Judge):
     def without_key(error):
         key = os.environ.get("OPENAI_API_KEY")
         return str(error).replace(key, "***") if key else str(error)
-
-
-class ServerWork:
-    """A judge behind a server as the work of a worker process (workers/worker.py): threads ask, `concurrency` at
-    once."""
-
-    def __init__(self, judge: ServerJudge, concurrency: int):
-        self.judge, self.threads = judge, ThreadPoolExecutor(concurrency)
-        self.begun = {}  # by key: (record, futures of its answers)
-
-    def begin(self, key, task: tuple[int, dict]) -> None:
-        _, record = task
-        self.begun[key] = record, [self.threads.submit(self.judge.ask, text) for text in self.judge.requests(record)]
-
-    def step(self) -> list:
-        wait(
-            [future for _, futures in self.begun.values() for future in futures if not future.done()],
-            timeout=1,
-            return_when=FIRST_COMPLETED,
-        )
-        return [key for key, (_, futures) in self.begun.items() if self._is_ready(futures)]
-
-    @staticmethod
-    def _is_ready(futures):
-        """Whether all is answered, or an exception has come: that is told at once."""
-        done = [future for future in futures if future.done()]
-        return len(done) == len(futures) or any(future.exception() for future in done)
-
-    def result(self, key) -> dict | Skipped:
-        record, futures = self.begun.pop(key)
-        failed = next((future for future in futures if future.done() and future.exception()), None)
-        fields = self.judge.read(record, [future.result() for future in ([failed] if failed else futures)])
-        return fields if isinstance(fields, Skipped) else record | fields
 
 
 def duration(text):

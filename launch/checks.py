@@ -10,6 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+OTHER_LOGPS = (
+    "training computes other log-probabilities than get_logprobs.py has stored. Both should run in the same precision "
+    "and with the same version of the code."
+)
+
 
 @dataclass
 class Check:
@@ -46,13 +51,11 @@ def first_loss(loss: float, trainer: str, eta: float, soft: bool, same: bool) ->
         normal = f"{'at most ' * soft}(1/(2 eta))^2 = {target:,.5g}"
     above, below = loss > target * (1 + tolerance(trainer, eta)), loss < target * (1 - tolerance(trainer, eta))
     wrong = above or (below and not (soft and trainer != "dpo"))
-    return Check(
-        name,
-        found,
-        normal,
+    sentence = (
         f"The first loss is {found} instead of {normal}: ETA, BETA or SOFT_LABELS are not what they should be, or the "
-        "data were made with another policy or reference than MODEL and REFERENCE." * wrong,
+        "data were made with another policy or reference than MODEL and REFERENCE."
     )
+    return Check(name, found, normal, sentence * wrong)
 
 
 def tolerance(trainer: str, eta: float) -> float:
@@ -66,28 +69,16 @@ def normalised_loss(value: float, trainer: str, eta: float) -> Check:
     """The loss over that of the last policy on the same pairs, from their stored log-probabilities: 1 at the first
     update by construction, as the policy is still the last policy."""
     wrong = not abs(value - 1) <= tolerance(trainer, eta)
-    return Check(
-        "first normalised_loss",
-        number(value),
-        "1: the policy is still the last policy",
-        f"The first normalised_loss is {value:.4g} instead of 1: training computes other log-probabilities than "
-        "get_logprobs.py has stored. Both should run in the same precision and with the same version of the code."
-        * wrong,
-    )
+    sentence = f"The first normalised_loss is {value:.4g} instead of 1: {OTHER_LOGPS}"
+    return Check("first normalised_loss", number(value), "1: the policy is still the last policy", sentence * wrong)
 
 
 def margin(value: float | None) -> Check:
     """How far the pairs have moved apart since the last policy, 0 before the first update by construction. Half a nat
     is more than bfloat16 leaves in a batch's mean."""
     wrong = value is not None and not abs(value) <= 0.5
-    return Check(
-        "first margin",
-        f"{number(value)} nats",
-        "0: the policy is still the last policy",
-        f"The first margin is {number(value)} nats instead of 0: training computes other log-probabilities than "
-        "get_logprobs.py has stored. Both should run in the same precision and with the same version of the code."
-        * wrong,
-    )
+    sentence = f"The first margin is {number(value)} nats instead of 0: {OTHER_LOGPS}"
+    return Check("first margin", f"{number(value)} nats", "0: the policy is still the last policy", sentence * wrong)
 
 
 # ---------------------------------------------------------------------------------------------- judging
@@ -97,13 +88,11 @@ def label_mass(value: float | None) -> Check:
     """The probability that the judge gives to its two labels. A judge that has learnt to answer with them gives nearly
     all of it; scoring.py refuses below 0.05. Where a tenth is missing, P is read off a side of what it says."""
     wrong = value is not None and value < 0.9
-    return Check(
-        "label mass",
-        number(value, ".3f"),
-        "near 1: the judge answers with its labels",
+    sentence = (
         f"The judge gives only {number(value, '.3f')} of its probability to its labels: give the TEMPLATE and the "
-        "labels that it was trained with (docs/judges.md)." * wrong,
+        "labels that it was trained with (docs/judges.md)."
     )
+    return Check("label mass", number(value, ".3f"), "near 1: the judge answers with its labels", sentence * wrong)
 
 
 def position_bias(value: float | None) -> Check:
@@ -111,13 +100,11 @@ def position_bias(value: float | None) -> Check:
     between 0 and 1: from there on P says as much about the order as about the responses. A judge that always prefers
     the first response has 1."""
     wrong = value is not None and value >= 1 / 3
-    return Check(
-        "position bias",
-        number(value, ".3f"),
-        "below 0.333, that of random verdicts",
+    sentence = (
         f"The judge's two orders differ by {number(value, '.3f')} on average, no less than random verdicts would: "
-        "check TEMPLATE and the order of its labels, or take a better judge." * wrong,
+        "check TEMPLATE and the order of its labels, or take a better judge."
     )
+    return Check("position bias", number(value, ".3f"), "below 0.333, that of random verdicts", sentence * wrong)
 
 
 def clearness(win_probs: list[float]) -> Check:
@@ -125,13 +112,11 @@ def clearness(win_probs: list[float]) -> Check:
     verdict near 1/2 is a coin's, and training learns noise."""
     value = sum(abs(2 * p - 1) for p in win_probs) / len(win_probs)
     wrong = value < 0.1
-    return Check(
-        "clearness |2P - 1|",
-        number(value, ".3f"),
-        "above 0.1: the judge prefers one of the two",
+    sentence = (
         f"For most pairs P is near 1/2 (|2P - 1| is {value:.3f} on average), so there is little to learn: take a judge "
-        "that tells responses apart, a smaller reward_temperature (JUDGE_FLAGS), or PAIR_RULE=best_worst." * wrong,
+        "that tells responses apart, a smaller reward_temperature (JUDGE_FLAGS), or PAIR_RULE=best_worst."
     )
+    return Check("clearness |2P - 1|", f"{value:.3f}", "above 0.1: the judge prefers one of the two", sentence * wrong)
 
 
 # ---------------------------------------------------------------------------------------------- responses and pairs
@@ -139,25 +124,19 @@ def clearness(win_probs: list[float]) -> Check:
 
 def response_tokens(value: float | None, limit: int) -> Check:
     wrong = value is not None and value < 2
-    return Check(
-        "tokens of a response",
-        number(value, ".1f"),
-        f"at most MAX_NEW_TOKENS = {limit:,}",
-        "Most responses are empty: MODEL is no chat model, or its chat template or TOKENIZER is not its own." * wrong,
-    )
+    sentence = "Most responses are empty: MODEL is no chat model, or its chat template or TOKENIZER is not its own."
+    return Check("tokens of a response", number(value, ".1f"), f"at most MAX_NEW_TOKENS = {limit:,}", sentence * wrong)
 
 
 def truncated(share: float | None, limit: int) -> Check:
     """Responses that ran into the length limit have no end token. A policy after SFT ends nearly always by itself.
     Where more than one in ten is cut off, the judge compares incomplete texts, and ending is not learnt."""
     wrong = share is not None and share > 0.1
-    return Check(
-        "responses cut off",
-        percent(share),
-        "below 10 %: a policy ends by itself",
+    sentence = (
         f"{percent(share)} of the responses ran into MAX_NEW_TOKENS = {limit:,}: raise it, or, where the policy does "
-        "not end by itself, check that its chat template and TOKENIZER have its end token." * wrong,
+        "not end by itself, check that its chat template and TOKENIZER have its end token."
     )
+    return Check("responses cut off", percent(share), "below 10 %: a policy ends by itself", sentence * wrong)
 
 
 def kept(share: float | None, rule: str) -> Check:
@@ -166,12 +145,12 @@ def kept(share: float | None, rule: str) -> Check:
     times in three."""
     least = 0.2 if rule == "random" else 0.9
     wrong = share is not None and share < least
-    return Check(
-        "prompts with a pair",
-        percent(share),
-        f"above {100 * least:.0f} % with PAIR_RULE={rule}",
+    sentence = (
         f"Only {percent(share)} of the prompts gave a pair, as the responses are equal (then raise TEMPERATURE or "
-        "NUM_SAMPLES) or too long for training (then raise MAX_LENGTH, or lower MAX_NEW_TOKENS)." * wrong,
+        "NUM_SAMPLES) or too long for training (then raise MAX_LENGTH, or lower MAX_NEW_TOKENS)."
+    )
+    return Check(
+        "prompts with a pair", percent(share), f"above {100 * least:.0f} % with PAIR_RULE={rule}", sentence * wrong
     )
 
 
@@ -179,13 +158,11 @@ def skipped(count: int | None, prompts: float) -> Check:
     """Records that a stage has left out, because they are too long; they are not learnt from."""
     share = None if count is None else count / prompts
     wrong = share is not None and share > 0.05
-    return Check(
-        "records left out",
-        percent(share),
-        "below 5 %",
+    sentence = (
         f"{percent(share)} of the prompts were left out: the reasons are in iter*/*.skipped.jsonl; raise "
-        "MAX_PROMPT_TOKENS or MAX_JUDGE_TOKENS." * wrong,
+        "MAX_PROMPT_TOKENS or MAX_JUDGE_TOKENS."
     )
+    return Check("records left out", percent(share), "below 5 %", sentence * wrong)
 
 
 # ---------------------------------------------------------------------------------------------- memory and disk
@@ -206,9 +183,8 @@ def host_memory(used: float, total: float) -> str:
     """What is wrong with the host's memory, in the same unit: the kernel ends processes where there is none left."""
     if used <= 0.9 * total:
         return ""
-    return (
-        f"The stages took {100 * used / total:.0f} % of the host's memory: use fewer GPUs at once, or a larger machine."
-    )
+    share = f"{100 * used / total:.0f} %"
+    return f"The stages took {share} of the host's memory: use fewer GPUs at once, or a larger machine."
 
 
 def disk(needed: float, free: float) -> str:

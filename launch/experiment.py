@@ -27,12 +27,13 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from settings import FREE, RENAMED_VALUES, ROOT, SERVER, Refused, current, defaults, say, settings
+from settings import FREE, RENAMED_VALUES, ROOT, SERVER, Refused, amount, current, defaults, run, say, settings
 
-CODE: tuple[str, ...] = ("*.py", "comal.sh", "fsdp_config.yaml", "prompts/*", "data/demo/*")
-CODE += tuple(f"{folder}/**/*" for folder in ("training", "judges", "workers", "analysis", "launch"))
+CODE = ["*.py", "comal.sh", "fsdp_config.yaml", "prompts/*", "data/demo/*"]
+CODE += [f"{folder}/**/*" for folder in ("training", "judges", "workers", "analysis", "launch")]
 PACKAGES = ("torch", "transformers", "vllm", "accelerate")
 HUB_ID = r"[^./][^/]*/[^/]+"
+EVALUATION = {"start_responses", "responses", "evaluation", "matrix"}  # stages before and after the loop
 MIB = 2**20
 
 
@@ -79,13 +80,13 @@ def check_files() -> None:
     """Raises Refused for a model or a file that does not exist."""
     values = current()
     judges = [] if SERVER in values["JUDGE_TYPE"] else values["JUDGE"].split(",")
-    policies = [("MODEL", values["MODEL"]), ("REFERENCE", values["REFERENCE"])]
-    for setting, name in [*policies, *(("JUDGE", judge) for judge in judges)]:
+    models = [("MODEL", values["MODEL"]), ("REFERENCE", values["REFERENCE"]), *(("JUDGE", judge) for judge in judges)]
+    for setting, name in models:
         if not (os.path.exists(name) or re.fullmatch(HUB_ID, name)):
             raise Refused(f"{name} ({setting}): no such directory, and no Hub id (owner/name)")
     folder, splits = values["PROMPTS_DIR"], values["SPLITS"]
-    several = state("ONE_ITERATION") == "false"
-    if several and folder == "data/prompts" and Path(folder, f"train_{splits}.jsonl").exists():
+    several = state("ONE_ITERATION") == "false" and folder == "data/prompts"
+    if several and Path(folder, f"train_{splits}.jsonl").exists():
         raise Refused(f"{folder} holds more than SPLITS={splits} train splits; remove its files to have them made anew")
     for path in input_files():
         if not os.path.exists(path):
@@ -102,9 +103,7 @@ def pinned() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Fingerprint of the code, and the packages' versions."""
     code = sorted({path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".pyc"})
-    command = (
-        "from importlib.metadata import distributions\nfor d in distributions(): print(d.metadata['Name'], d.version)"
-    )
+    command = "import importlib.metadata as m\nfor d in m.distributions(): print(d.metadata['Name'], d.version)"
     listed = subprocess.run([state("PYTHON"), "-c", command], capture_output=True, text=True, check=True).stdout
     found = dict(line.split(None, 1) for line in listed.splitlines() if len(line.split()) > 1)
     # vLLM's build for the CPU has a name of its own.
@@ -142,28 +141,22 @@ def check_run() -> None:
         about = {"commit": commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         write(path, now | versions() | method | about)
         return
-    then, usual = read_run(path), defaults(current())
-    changed = [
-        f"  {name}: {then.get(name, usual.get(name))} then, {value} now"
-        for name, value in now.items()
-        if then.get(name, usual.get(name, value)) != value
-    ]
-    if changed:
+    then = read_run(path)
+    if changed := differences(now | defaults(current()) | then, now):
         raise Refused(
-            f"{path.parent} was begun with other settings or files:\n" + "\n".join(changed) + "\nGive the experiment "
-            "another NAME, or the settings it was begun with;\nor fork: bash comal.sh FROM="
-            f"{path.parent}/iterN NAME=another"
+            f"{path.parent} was begun with other settings or files:\n{changed}\nGive the experiment another NAME, or "
+            f"the settings it was begun with;\nor fork: bash comal.sh FROM={path.parent}/iterN NAME=another"
         )
-    changed = [
-        f"  {name}: {then.get(name)} then, {value} now" for name, value in versions().items() if then.get(name) != value
-    ]
-    if changed:
-        say(
-            f"WARNING: {path.parent} was begun with other code or packages, and goes on with these:\n"
-            + "\n".join(changed)
-        )
+    if changed := differences(then, versions()):
+        say(f"WARNING: {path.parent} was begun with other code or packages, and goes on with these:\n{changed}")
     if on_node_0 and method.items() - then.items():  # more rounds may follow
         write(path, then | method)
+
+
+def differences(then: dict[str, str], now: dict[str, str]) -> str:
+    """A line for each value of `now` that was another one then."""
+    changed = [name for name in now if then.get(name) != now[name]]
+    return "\n".join(f"  {name}: {then.get(name)} then, {now[name]} now" for name in changed)
 
 
 def commit() -> str:
@@ -266,18 +259,23 @@ def check_disk() -> None:
         )
 
 
-def stage_seconds(iteration: Path) -> float | None:
-    """Seconds that an iteration's stages took, or None."""
+def json_lines(path: Path) -> list[dict]:
+    with open(path, "rb") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def loop_seconds(iteration: Path) -> float | None:
+    """Seconds of the loop's stages in an iteration, of a stage that was run again the last time; None: not known."""
     try:
-        lines = (iteration / "logs/times.jsonl").read_text(encoding="utf-8").splitlines()
-        return sum(json.loads(line)["seconds"] for line in lines)
+        seconds = {row["stage"]: row["seconds"] for row in json_lines(iteration / "logs/times.jsonl")}
+        return sum(took for stage, took in seconds.items() if stage not in EVALUATION)
     except (OSError, ValueError, KeyError):
         return None
 
 
-def measured_seconds(folder: Path) -> list[float]:
-    """Those of the complete iterations of an experiment."""
-    found = (stage_seconds(path.parent) for path in folder.glob("iter*/next.json"))
+def measured_seconds() -> list[float]:
+    """Those of the complete iterations."""
+    found = (loop_seconds(path.parent) for path in experiment().glob("iter*/next.json"))
     return [seconds for seconds in found if seconds is not None]
 
 
@@ -291,10 +289,6 @@ def record_bytes() -> int:
         return 0
     copies = 2 * int(values["NUM_SAMPLES"]) + 2 * 2
     return prompts * (copies * 10 * int(values["MAX_NEW_TOKENS"]) + 4 * 10 * int(values["MAX_PROMPT_TOKENS"]))
-
-
-def amount(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / MIB:,.1f} MiB"
 
 
 def kept_checkpoints(left: Collection[int]) -> int:
@@ -327,8 +321,7 @@ def cost() -> None:
     amount_left = f"at most {amount(len(left) * records)}" if records else "not known without the prompts"
     for line in disk_lines(left, checkpoint_size(), amount_left):
         print(f"# {line}")
-    seconds = measured_seconds(experiment())
-    if seconds:
+    if seconds := measured_seconds():
         each = sum(seconds) / len(seconds)
         total = f"{len(left)} x {each / 60:,.1f} min = {len(left) * each / 3600:,.1f} h"
         print(f"# time: {total}, by the {len(seconds)} iterations that were measured")
@@ -340,8 +333,4 @@ COMMANDS = {"check": check_run, "files": check_files, "fork": fork, "note": note
 COMMANDS["cost"] = cost
 
 if __name__ == "__main__":
-    try:
-        COMMANDS[sys.argv[1]]()
-    except Refused as refused:
-        say(str(refused))
-        sys.exit(1)
+    run(COMMANDS[sys.argv[1]])

@@ -135,11 +135,7 @@ def forecast(
         "training": (n, 0, n * whole.train / trial.train),
         "validation": (0, 0, n * validations * whole.test / trial.test),
         "responses": (1, 0, answers),
-        "evaluation": (
-            1,
-            0,
-            n * answers,
-        ),  # of all policies: in the trial after the loop, in the run beside the scoring
+        "evaluation": (1, 0, n * answers),  # of all policies: in the trial at the end, in the run beside the scoring
         "matrix": (1, 0, whole.cells * answers),
     }
     seconds = {

@@ -1,27 +1,21 @@
-"""Fetch and check the models and the prompts of a run, and say where each is and how much disk it takes.
+"""What is fetched and checked before anything is sampled, as the stages that need it come after hours.
 
-    python -m launch.prepare --models POLICY,REFERENCE --tokenizer TOKENIZER --prompts a.jsonl,b.jsonl --judge JUDGE
+    python -m launch.prepare fetch --models POLICY,REFERENCE --tokenizer TOKENIZER --prompts a.jsonl,b.jsonl --judge J
+    python -m launch.prepare engine_args --policy '{"max_num_seqs": 512}' --judge '{"quantization": "fp8_per_channel"}'
 
-`bash comal.sh --prepare` runs it with the settings of the run. What the Hub provides stays in its cache, where a run
-with HF_HUB_OFFLINE=1 finds it. Prints a line for each model, tokenizer, judge and prompt file. Exit code 0 means that
-all of them are here and whole.
+`bash comal.sh --prepare` runs both with the settings of the run. What the Hub provides stays in its cache, where a run
+with HF_HUB_OFFLINE=1 finds it.
 """
 
 from pathlib import Path
 
 from data_utils import load_tokenizer, resolve_tokenizer, weight_files
 from judges.base import JudgeConfig
+from launch.settings import amount
 from records import Prompt, read
 from utils import run, split_list
 from vllm_model import usable_model
-
-
-def amount(size: int) -> str:
-    """A number of bytes for people."""
-    for power, unit in ((30, "GiB"), (20, "MiB")):
-        if size >= 2**power:
-            return f"{size / 2**power:,.1f} {unit}"
-    return f"{size / 2**10:,.1f} KiB"
+from workers.engine_settings import read_engine_args
 
 
 class Listing:
@@ -58,8 +52,21 @@ def add_judge(listing: Listing, judge: JudgeConfig) -> None:
         listing.add("tokenizer", judge.judge_tokenizer, judge.tokenizer_path, tokenizer_files(judge.tokenizer_path))
 
 
-def main(models: str, prompts: str, tokenizer: str = "", **judge: JudgeConfig):
-    """Fetch and check everything that a run needs.
+def engine_args(policy: str = "", judge: str = ""):
+    """Refuse what is no JSON object, and arguments that the installed vLLM's engine does not have.
+
+    Args:
+        policy: ENGINE_ARGS
+        judge: JUDGE_ENGINE_ARGS
+    """
+    read_engine_args(policy, "ENGINE_ARGS")
+    read_engine_args(judge, "JUDGE_ENGINE_ARGS")
+
+
+def fetch(models: str, prompts: str, tokenizer: str = "", **judge: JudgeConfig):
+    """Fetch and check the models and the prompts of a run, and print where each is and how much disk it takes.
+
+    Exit code 0 means that all of them are here and whole.
 
     Args:
         models: checkpoint directories or Hub ids, comma-separated, the policy first
@@ -67,14 +74,14 @@ def main(models: str, prompts: str, tokenizer: str = "", **judge: JudgeConfig):
         tokenizer: directory or Hub id of the policy's tokenizer; default: the policy's own
     """
     config, listing = JudgeConfig(**judge), Listing()  # wrong flags are refused before gigabytes are fetched
-    policy, *others = dict.fromkeys(split_list(models))
-    for name in (policy, *others):
-        directory = usable_model(name)
-        listing.add("model", name, directory, files_of(directory))
-    load_tokenizer(policy, tokenizer)
+    directories = []
+    for name in dict.fromkeys(split_list(models)):
+        directories.append(usable_model(name))
+        listing.add("model", name, directories[-1], files_of(directories[-1]))
+    tokenizer_dir = tokenizer and resolve_tokenizer(directories[0], tokenizer)
+    load_tokenizer(directories[0], tokenizer_dir)
     if tokenizer:
-        directory = resolve_tokenizer(policy, tokenizer)
-        listing.add("tokenizer", tokenizer, directory, tokenizer_files(directory))
+        listing.add("tokenizer", tokenizer, tokenizer_dir, tokenizer_files(tokenizer_dir))
     for member in config.members():
         add_judge(listing, member)
     for name in dict.fromkeys(split_list(prompts)):
@@ -84,4 +91,4 @@ def main(models: str, prompts: str, tokenizer: str = "", **judge: JudgeConfig):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(fetch, engine_args)

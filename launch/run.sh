@@ -120,7 +120,7 @@ begin() {
   if [[ -n $plan ]]; then show_planned; return; fi
   helper experiment files || exit 1
   [[ -z $ENGINE_ARGS$JUDGE_ENGINE_ARGS ]] ||
-    "$PYTHON" -m launch.engine_args --policy "$ENGINE_ARGS" --judge "$JUDGE_ENGINE_ARGS" || exit 1
+    "$PYTHON" -m launch.prepare engine_args --policy "$ENGINE_ARGS" --judge "$JUDGE_ENGINE_ARGS" || exit 1
   if [[ -n $only_prepare ]]; then prepare_offline; exit; fi
   if ((NODE_RANK == 0)); then lock_experiment; fi
   if [[ -n $trial ]]; then begin_trial; fi
@@ -139,8 +139,7 @@ describe() {
   else
     say "comal.sh: the full recipe with $MODEL (GPUS=$GPUS), because $reason; RECIPE=demo runs the small demo"
   fi
-  local moves="the reference moves every $UPDATE_INTERVAL iterations" target="eta $ETA"
-  local plural=s
+  local moves="the reference moves every $UPDATE_INTERVAL iterations" target="eta $ETA" plural=s
   ((ITERATIONS > 1)) || plural=
   ((UPDATE_INTERVAL != 1)) || moves="the reference moves after every iteration"
   ((UPDATE_INTERVAL)) || moves="the reference stays"
@@ -175,7 +174,7 @@ prepare() {  # the demo's models and prompts, or the project's own prompt files;
 prepare_offline() {  # --prepare: fetch and check the rest, which the stages would do when they need it
   local prompts=() i
   for ((i = 0; i < SPLITS && i < ITERATIONS; i++)); do prompts+=("$PROMPTS_DIR/$(split).jsonl"); done
-  watched --show -- "$PYTHON" -m launch.prepare \
+  watched --show -- "$PYTHON" -m launch.prepare fetch \
     --models "$(list "$policy" "$reference" "$MODEL")" \
     --tokenizer "$TOKENIZER" \
     --prompts "$(list "${prompts[@]}" "$PROMPTS_DIR/test.jsonl" "$EVAL_PROMPTS")" \

@@ -18,7 +18,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,6 @@ class Refused(Exception):
 
 @dataclass
 class Setting:
-    name: str
     default: str  # as it stands in the file, with names of other settings
     text: str
     group: str
@@ -54,7 +53,7 @@ def read(*paths: Path) -> dict[str, Setting]:
         for line in path.read_text(encoding="utf-8").splitlines():
             match = re.fullmatch(r"([A-Z][A-Z0-9_]*)=\$\{\1:?-(.*?)\}(?:\s+#\s*(.*))?", line)
             if match:
-                found[match[1]] = Setting(match[1], match[2], match[3] or "", group)
+                found[match[1]] = Setting(match[2], match[3] or "", group)
             elif line.startswith("# "):
                 group = line[2:]
     return found
@@ -62,9 +61,8 @@ def read(*paths: Path) -> dict[str, Setting]:
 
 def settings() -> dict[str, Setting]:
     """All settings, with the defaults of the full recipe."""
-    demo = read(DEMO)
-    found = read(*FULL)
-    return found | {name: setting for name, setting in demo.items() if name not in found}
+    found, demo = read(*FULL), read(DEMO)
+    return found | {name: demo[name] for name in demo if name not in found}
 
 
 def defaults(values: dict[str, str]) -> dict[str, str]:
@@ -96,12 +94,11 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
         if name in RENAMED:
             raise Refused(f"{name} {RENAMED[name]}")
         if not equals or name not in known:
-            names = [*known, "TRY", "PLAN", "PREPARE", "HELP"]
-            near = difflib.get_close_matches(name.upper().lstrip("-"), names, 1, 0.6)
-            near = [f"--{near[0].lower()}" if near[0] not in known else near[0]] if near else near
             if name in ("PYTHON", "PYTHON_BASE", "SETUP_FOR"):
                 raise Refused(f"{name} is for set-up, and comes before the command: {argument} bash comal.sh")
-            what = f" Did you mean {near[0]}{'' if near[0].startswith('--') else '=...'}?" if near else ""
+            flags = {flag.lstrip("-").upper(): flag for flag in ("--try", "--plan", "--prepare", "--help")}
+            near = difflib.get_close_matches(name.upper().lstrip("-"), [*known, *flags], 1, 0.6)
+            what = f" Did you mean {flags.get(near[0], f'{near[0]}=...')}?" if near else ""
             raise Refused(
                 f"unknown argument {argument}.{what} Arguments are --try, --plan, --prepare, --help, and settings "
                 "as NAME=value; --help explains them"
@@ -119,50 +116,34 @@ def check_names(arguments: list[str], environment: dict[str, str]) -> None:
 # ---------------------------------------------------------------------------------------------- values
 
 NUMBER = r"[0-9]*\.?[0-9]+(e-?[0-9]+)?"
-TRUTH = "true", "false"
+SEVERAL = f"{NUMBER}(,{NUMBER})*"
 JUDGE_TYPES = "generative", "reward", "server"
 SERVER = "server"
 CHOICES = {
     "RECIPE": ("demo", "full"),
     "PAIR_RULE": ("top_two", "best_worst", "random"),
     "SELECT": ("best", "last"),
-    "SOFT_LABELS": TRUTH,
-    "GRADIENT_CHECKPOINTING": TRUTH,
-    "KL_FROM_START": TRUTH,
     "ON_ERROR": ("fail", "skip"),
     "KEEP_CKPTS": ("all", "rounds", "last"),
     "ENGINE": ("local", "ray"),
     "SHARDING": ("auto", "full", "optimizer"),
+    **dict.fromkeys(("SOFT_LABELS", "GRADIENT_CHECKPOINTING", "KL_FROM_START"), ("true", "false")),
 }
 WHOLE = {  # the least value
-    **dict.fromkeys(["ROUNDS", "SPLITS", "MAX_PROMPT_TOKENS", "MAX_NEW_TOKENS", "MAX_JUDGE_TOKENS", "NUM_EPOCHS"], 1),
-    **dict.fromkeys(
-        ["GLOBAL_BATCH_SIZE", "MAX_LENGTH", "EVAL_EVERY", "TENSOR_PARALLEL_SIZE", "NODES", "MASTER_PORT"], 1
-    ),
-    **dict.fromkeys(["NODE_RANK", "SEED", "MICRO_BATCH_TOKENS", "STALL_TIMEOUT", "UPDATE_INTERVAL"], 0),
-    "EVAL_STEPS": 1,
-    "FIRST_ITERATION": 0,
+    **dict.fromkeys(("FIRST_ITERATION", "NODE_RANK", "SEED", "STALL_TIMEOUT", "UPDATE_INTERVAL"), 0),
+    **dict.fromkeys(("EVAL_EVERY", "EVAL_STEPS", "GLOBAL_BATCH_SIZE", "MASTER_PORT", "MAX_JUDGE_TOKENS"), 1),
+    **dict.fromkeys(("MAX_LENGTH", "MAX_NEW_TOKENS", "MAX_PROMPT_TOKENS", "NODES", "NUM_EPOCHS", "ROUNDS"), 1),
+    **dict.fromkeys(("SPLITS", "TENSOR_PARALLEL_SIZE"), 1),
     "NUM_SAMPLES": 2,
+    "MICRO_BATCH_TOKENS": 0,  # or auto
 }
-AUTO = ("MICRO_BATCH_TOKENS",)  # may also be auto
-NUMBERS = ("TAU_ETA_RATIO", "BETA", "TEMPERATURE", "TOP_P", "LEARNING_RATE", "WARMUP_RATIO", "MAX_GRAD_NORM")
-NUMBERS += ("EVAL_TEMPERATURE", "EVAL_TOP_P", "WEIGHT_DECAY", "SAVE_MINUTES")
-POSITIVE = ("LEARNING_RATE", "BETA", "TOP_P", "EVAL_TOP_P")
-AT_MOST_ONE = ("TOP_P", "EVAL_TOP_P", "WARMUP_RATIO")
+NUMBERS = {"EVAL_TEMPERATURE", "MAX_GRAD_NORM", "SAVE_MINUTES", "TAU_ETA_RATIO", "TEMPERATURE", "WEIGHT_DECAY"}
+POSITIVE = {"BETA", "EVAL_TOP_P", "LEARNING_RATE", "TOP_P"}
+AT_MOST_ONE = {"EVAL_TOP_P", "TOP_P", "WARMUP_RATIO"}
 # What the results do not depend on; an experiment may go on with other values of these.
-FREE = {"NAME", "ROUNDS", "RECIPE", "DEMO_MODELS", "API_BASE", "MICRO_BATCH_TOKENS", "GRADIENT_CHECKPOINTING"}
-FREE |= {
-    "EVAL_EVERY",
-    "KL_FROM_START",
-    "SAVE_MINUTES",
-    "KEEP_CKPTS",
-    "REPORT_TO",
-    "GPUS",
-    "TENSOR_PARALLEL_SIZE",
-    "ENGINE",
-    "SHARDING",
-}
-FREE |= {"ON_ERROR", "STALL_TIMEOUT", "NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+FREE = {"API_BASE", "DEMO_MODELS", "ENGINE", "EVAL_EVERY", "GPUS", "GRADIENT_CHECKPOINTING", "KEEP_CKPTS", "NAME"}
+FREE |= {"KL_FROM_START", "MASTER_ADDR", "MASTER_PORT", "MICRO_BATCH_TOKENS", "NODES", "NODE_RANK", "ON_ERROR"}
+FREE |= {"RECIPE", "REPORT_TO", "ROUNDS", "SAVE_MINUTES", "SHARDING", "STALL_TIMEOUT", "TENSOR_PARALLEL_SIZE"}
 
 
 def check_values(values: dict[str, str], given: Collection[str] = ()) -> None:
@@ -178,13 +159,11 @@ def check_values(values: dict[str, str], given: Collection[str] = ()) -> None:
         if values[name] not in choices:
             raise Refused(f"{name}={values[name]} is unknown; choose one of: {' '.join(choices)}")
     for name, least in WHOLE.items():
-        if values[name] == "auto" and name in AUTO:
-            continue
-        if not (re.fullmatch("0|[1-9][0-9]*", values[name]) and int(values[name]) >= least):
-            raise Refused(
-                f"{name}={values[name]} should be a whole number, at least {least}{', or auto' * (name in AUTO)}"
-            )
-    for name in NUMBERS:
+        whole = re.fullmatch("0|[1-9][0-9]*", values[name]) and int(values[name]) >= least
+        auto = ", or auto" if name == "MICRO_BATCH_TOKENS" else ""
+        if not whole and not (auto and values[name] == "auto"):
+            raise Refused(f"{name}={values[name]} should be a whole number, at least {least}{auto}")
+    for name in sorted(NUMBERS | POSITIVE | AT_MOST_ONE):
         if not re.fullmatch(NUMBER, values[name]):
             raise Refused(f"{name}={values[name]} should be a number, 0 or more")
         if name in POSITIVE and not float(values[name]) > 0:
@@ -192,7 +171,7 @@ def check_values(values: dict[str, str], given: Collection[str] = ()) -> None:
         if name in AT_MOST_ONE and float(values[name]) > 1:
             raise Refused(f"{name}={values[name]} should be at most 1")
     eta = values["ETA"]
-    if eta and not re.fullmatch(f"{NUMBER}(,{NUMBER})*", eta):
+    if eta and not re.fullmatch(SEVERAL, eta):
         raise Refused(f"ETA={eta} should be a number greater than 0, or one a round, comma-separated")
     if eta and "dpo" not in values["METHOD"] and not all(float(value) > 0 for value in eta.split(",")):
         raise Refused(f"ETA={eta} should be greater than 0")
@@ -209,7 +188,7 @@ def check_values(values: dict[str, str], given: Collection[str] = ()) -> None:
 
 
 def check_engine_args(values: dict[str, str]) -> None:
-    """Refuse what is no JSON object; once vLLM is installed, launch/engine_args.py checks the names. Raises Refused."""
+    """Refuse what is no JSON object; once vLLM is installed, launch/prepare.py checks the names. Raises Refused."""
     for name in ("ENGINE_ARGS", "JUDGE_ENGINE_ARGS"):
         try:
             found = json.loads(values[name] or "{}")
@@ -238,7 +217,7 @@ def check_judge(values: dict[str, str]) -> None:
             f"JUDGE_TYPE={types} should be {', '.join(JUDGE_TYPES[:-1])} or {JUDGE_TYPES[-1]}; of several judges one "
             "each, comma-separated"
         )
-    if weights and not re.fullmatch(f"{NUMBER}(,{NUMBER})*", weights):
+    if weights and not re.fullmatch(SEVERAL, weights):
         raise Refused(f"JUDGE_WEIGHTS={weights} should be numbers, comma-separated")
     if SERVER in types and not (values["API_BASE"] or any(map(os.environ.get, ("OPENAI_BASE_URL", "OPENAI_API_KEY")))):
         raise Refused("OPENAI_API_KEY is not set; OpenAI wants one. For another server give API_BASE")
@@ -270,13 +249,10 @@ def resolve(values: dict[str, str]) -> dict[str, str]:
 
 def changes(values: dict[str, str], given: list[str]) -> list[str]:
     """["NAME=value (default)"] of the settings that differ from the recipe's, and what the method does not use."""
-    usual, resolved = defaults(values), resolve(values)
-    names = settings() if values["RECIPE"] == "demo" else read(*FULL)
-    found = [
-        f"{name}={values[name]} ({usual[name] or 'empty'})"
-        for name in names
-        if values[name] != usual[name] and name != "RECIPE"
-    ]
+    resolved, usual = resolve(values), defaults(values)
+    names = usual if values["RECIPE"] == "demo" else read(*FULL)
+    names = [name for name in names if values[name] != usual[name] and name != "RECIPE"]
+    found = [f"{name}={values[name]} ({usual[name] or 'empty'})" for name in names]
     if "ETA" in given and resolved["ETA"] == "-":
         found.append(f"ETA is not used by METHOD={values['METHOD']}, BETA is")
     if "UPDATE_INTERVAL" in given and values["UPDATE_INTERVAL"] != resolved["UPDATE_INTERVAL"]:
@@ -295,15 +271,14 @@ def print_help() -> None:
     header = text.split("\n\n")[0].splitlines()[1:]
     print("\n".join(line.lstrip("#").removeprefix(" ") for line in header if line.startswith("#")))
     known = {name: settings()[name].default for name in ("METHOD", "DEMO_MODELS")}
-    full, demo, group = defaults({**known, "RECIPE": "full"}), defaults({**known, "RECIPE": "demo"}), ""
-    for setting in settings().values():
+    full, demo = (defaults({**known, "RECIPE": recipe}) | {"RECIPE": ""} for recipe in ("full", "demo"))
+    group = ""
+    for name, setting in settings().items():
         if setting.group != group:
             group = setting.group
             print(f"\n{group}")
-        value = "" if setting.name == "RECIPE" else full.get(setting.name, demo[setting.name])
-        differs = setting.name != "RECIPE" and demo[setting.name] != value
-        note = f"  [demo: {demo[setting.name] or 'empty'}]" if differs else ""
-        print(f"  {setting.name + '=' + value:46} {setting.text}{note}")
+        note = f"  [demo: {demo[name] or 'empty'}]" if demo[name] != full[name] else ""
+        print(f"  {name + '=' + full[name]:46} {setting.text}{note}")
     print("\nMethods (METHOD)")
     table = text.partition('METHODS="')[2].partition('"')[0].replace("$UPDATE_INTERVAL", "UPDATE_INTERVAL")
     moves = {"0": "never moves", "1": "moves after every iteration"}
@@ -316,6 +291,23 @@ def print_help() -> None:
 
 def say(message: str) -> None:
     print(f"comal.sh: {message}", file=sys.stderr)
+
+
+def amount(size: float) -> str:
+    """A number of bytes for people."""
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if size >= 2**power:
+            return f"{size / 2**power:,.1f} {unit}"
+    return f"{size / 2**10:,.1f} KiB"
+
+
+def run(command: Callable[[], None]) -> None:
+    """Where a command refuses something, that is said, and the exit code is 1."""
+    try:
+        command()
+    except Refused as refused:
+        say(str(refused))
+        sys.exit(1)
 
 
 def main() -> None:
@@ -334,8 +326,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Refused as refused:
-        say(str(refused))
-        sys.exit(1)
+    run(main)

@@ -37,7 +37,7 @@ import sys
 import time
 from pathlib import Path
 
-from peaks import Peaks, parents
+from peaks import Peaks, descendants, parents
 
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 STOPPING_SECONDS = 10  # for a stage to end on SIGTERM, before SIGKILL
@@ -98,12 +98,12 @@ class Log:
 
     def __init__(self, path: Path, command: list[str]):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.progress, self.rest = path, "", ""
+        self.path, self.progress = path, ""
         self.file = open(path, "ab")
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.file.write(f"=== {started} {shlex.join(command)}\n".encode())
         self.file.flush()
-        self.offset = self.read_to = self.file.tell()
+        self.offset = self.file.tell()
 
     def read(self, offset: int) -> str:
         with open(self.path, "rb") as file:
@@ -113,11 +113,10 @@ class Log:
     def newest_progress(self) -> str:
         """The last progress bar or step of training in it."""
         size = self.path.stat().st_size
-        for part in re.split("[\r\n]+", self.read(max(self.read_to, size - 4096)))[::-1]:
+        for part in re.split("[\r\n]+", self.read(max(self.offset, size - 4096)))[::-1]:
             if match := PROGRESS.match(part):
                 self.progress = match[0].strip()
                 break
-        self.read_to = max(self.read_to, size - 512)  # a line may have been written half
         return self.progress
 
     def last_lines(self) -> list[str]:
@@ -164,10 +163,8 @@ def children() -> list[int]:
 
 def ask_to_finish() -> bool:
     """SIGUSR1 to the processes of the stage that handle it; returns whether there are any."""
-    tree, stage, asked = parents(), {os.getpid()}, False
-    while more := {pid for pid, parent in tree.items() if parent in stage} - stage:
-        stage |= more
-    for pid in stage - {os.getpid()}:
+    asked = False
+    for pid in descendants(os.getpid()):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8") as file:
             handled = int(file.read().partition("SigCgt:")[2].split()[0], 16)  # a bit a signal, the first for signal 1
             if handled >> (signal.SIGUSR1 - 1) & 1:
@@ -268,9 +265,8 @@ def main() -> int:
 
 def failure(options: argparse.Namespace, code: int, log: Log) -> list[str]:
     """Say where it failed, with the end of the log and what to do; returns what the journal keeps of it."""
-    message = (
-        f"comal.sh: {options.where}, stage {options.name} failed with exit code {code}. Its log, {log.path}, ends:"
-    )
+    where = f"{options.where}, stage {options.name}"
+    message = f"comal.sh: {where} failed with exit code {code}. Its log, {log.path}, ends:"
     hint = (
         "Nothing was run after it. Once the cause is mended, the same command goes on here; where a setting has to "
         "change, take another NAME."

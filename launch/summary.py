@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from experiment import experiment, measured_seconds, stage_seconds, state
+from experiment import experiment, loop_seconds, measured_seconds, state
 
 
 def duration(seconds: float) -> str:
@@ -36,8 +36,8 @@ def rows() -> dict[int, dict]:
 def times(number: int) -> str:
     """How long this iteration took, and when the last one will be done."""
     left = int(state("ITERATIONS")) - number - 1
-    text = f"iteration {number} took {duration(stage_seconds(Path(state('iter'))) or 0)}"
-    seconds = measured_seconds(experiment())
+    text = f"iteration {number} took {duration(loop_seconds(Path(state('iter'))) or 0)}"
+    seconds = measured_seconds()
     if left and seconds:
         rest = left * sum(seconds) / len(seconds)
         until = time.strftime("%a %H:%M", time.localtime(time.time() + rest))
@@ -57,11 +57,8 @@ def win_rates(row: dict) -> str:
 
 def samples(row: dict) -> str:
     """Of the responses that the policy, before it was trained, has sampled in this iteration."""
-    found = []
-    if row.get("sample_tokens") is not None:
-        found.append(f"{row['sample_tokens']:.1f} tokens on average")
-    if row.get("kl_reference") is not None:
-        found.append(f"KL from the reference {row['kl_reference']:.3f} nats")
+    texts = {"sample_tokens": "{:.1f} tokens on average", "kl_reference": "KL from the reference {:.3f} nats"}
+    found = [text.format(row[name]) for name, text in texts.items() if row.get(name) is not None]
     return f"its samples: {', '.join(found)}" if found else ""
 
 

@@ -20,9 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import checks
-from experiment import amount, disk_lines, experiment, kept_checkpoints, resume_size, state, training_files, write
+from experiment import disk_lines, experiment, json_lines, kept_checkpoints, resume_size, state, training_files, write
 from forecast import Size, Stage, each, forecast, logprobs_stage, references, training_stages, validations_ratio, worked
-from settings import Refused, current, say
+from settings import Refused, amount, current, run
 from summary import duration, rows
 
 PROMPTS = 64  # of each file: two updates of 32 pairs an epoch, and enough for a mean; a few minutes for an 8B judge
@@ -79,9 +79,8 @@ def begin() -> None:
 # ---------------------------------------------------------------------------------------------- what was measured
 
 
-def records(path: Path) -> list[dict]:
-    with open(path, "rb") as file:
-        return [json.loads(line) for line in file if line.strip()]
+def read_all(folder: Path, pattern: str) -> list[dict]:
+    return [record for path in sorted(folder.glob(pattern)) for record in json_lines(path)]
 
 
 def pair_tokens(data: list[dict]) -> list[int]:
@@ -101,38 +100,32 @@ class Measured:
     Attributes:
         times: {stage: its record in times.jsonl}
         worked: {stage: seconds of its work after its start}
-        stages: {stage: Stage}
+        speeds: {stage: what it did in a second of its work}
+        stages: {stage: Stage}, the validations of training apart
         updates: the records of metrics.jsonl, and how many validations there were
         train, test: the pairs
-        figures: the report's figures of the iteration
     """
 
     def __init__(self, iteration: Path, trial: Size):
-        self.times = {row["stage"]: row for row in records(iteration / "logs/times.jsonl")}
+        self.times = {row["stage"]: row for row in json_lines(iteration / "logs/times.jsonl")}
         logs = {name: (iteration / f"logs/{name}.log").read_text("utf-8", "replace") for name in self.times}
         self.worked = {name: sum(seconds for _, seconds in worked(log)) for name, log in logs.items()}
-        self.train, self.test = (records(iteration / f"data/{name}.jsonl") for name in ("train", "test"))
-        self.figures = rows().get(int(state("i")), {})
-        metrics = records(iteration / "ckpt/metrics.jsonl")
+        self.train, self.test = (json_lines(iteration / f"data/{name}.jsonl") for name in ("train", "test"))
+        metrics = json_lines(iteration / "ckpt/metrics.jsonl")
         self.updates = [step for step in metrics if "loss" in step]
         self.validations = len(metrics) - len(self.updates)
-        self.samples, scores = (
-            [row for part in ("train", "test") for row in records(iteration / f"{part}.{kind}.jsonl")]
-            for kind in ("samples", "scores")
-        )
-        cells = [row for path in (iteration.parent / "matrix/cells").glob("*.jsonl") for row in records(path)]
-        compared = [row for path in (iteration / "eval").glob("vs_*.jsonl") for row in records(path)]
-        answers = int(trial.evaluation)
-        responses = int(current()["NUM_SAMPLES"]) * len(self.samples) + answers
+        samples = read_all(iteration, "*.samples.jsonl")
         # How much was done by the stages that share an engine.
-        self.sampled = {"sampling": responses, "start_responses": answers, "responses": answers}
-        self.judged = {
-            "scoring": judgements(scores),
-            "evaluation": judgements(compared),
-            "matrix": judgements(cells),
+        answers = int(trial.evaluation)
+        responses = int(current()["NUM_SAMPLES"]) * len(samples) + answers
+        sampled = {"sampling": responses, "start_responses": answers, "responses": answers}
+        judged = {
+            "scoring": judgements(read_all(iteration, "*.scores.jsonl")),
+            "evaluation": judgements(read_all(iteration, "eval/vs_*.jsonl")),
+            "matrix": judgements(read_all(iteration.parent, "matrix/cells/*.jsonl")),
         }
         self.stages = {name: Stage(row["seconds"]) for name, row in self.times.items()}
-        for done in (self.sampled, self.judged):
+        for done in (sampled, judged):
             done = {name: count for name, count in done.items() if name in self.times}
             one = each([(count, self.worked[name]) for name, count in done.items()])
             self.stages |= {name: Stage(self.times[name]["seconds"], count * one) for name, count in done.items()}
@@ -140,24 +133,18 @@ class Measured:
         lengths, batch = [pair_tokens(data) for data in (self.train, self.test)], int(current()["GLOBAL_BATCH_SIZE"])
         self.stages |= training_stages(self.times["training"]["seconds"], metrics, *lengths, batch)
         self.worked["training"] = sum(self.stages[name].work for name in ("training", "validation"))
-        self.models = trial.models
-
-    def speed(self, name: str) -> str:
-        """What a stage did in a second of its work."""
         tokens = {
-            "sampling": sum(len(sample["token_ids"]) for row in self.samples for sample in row["samples"]),
-            "logprobs": self.models * sum(pair_tokens(self.train + self.test)),
+            "sampling": sum(len(sample["token_ids"]) for row in samples for sample in row["samples"]),
+            "logprobs": trial.models * sum(map(sum, lengths)),
+            "start_logprobs": sum(lengths[1]),
         }
-        if name == "training":
-            speeds = [step["tokens_per_s"] for step in self.updates[1:] or self.updates]
-            return f"{sum(speeds) / len(speeds):,.0f} tokens/s"
-        if not self.worked[name]:
-            return "-"
-        if name in tokens:
-            return f"{tokens[name] / self.worked[name]:,.0f} tokens/s"
-        if name in self.judged:
-            return f"{self.judged[name] / self.worked[name]:,.0f} judgements/s"
-        return f"{self.sampled[name] / self.worked[name]:,.0f} responses/s"
+        self.speeds = {}
+        for unit, done in (("responses", sampled), ("judgements", judged), ("tokens", tokens)):
+            for name in done:
+                if self.worked.get(name):
+                    self.speeds[name] = f"{done[name] / self.worked[name]:,.0f} {unit}/s"
+        speeds = [step["tokens_per_s"] for step in self.updates[1:] or self.updates]
+        self.speeds["training"] = f"{sum(speeds) / len(speeds):,.0f} tokens/s"
 
     def peak(self, field: str) -> tuple[int, str]:
         """(MiB, the stage that took it); (0, "") where it was not measured."""
@@ -170,15 +157,6 @@ def record_bytes(iteration: Path, trial: Size, whole: Size) -> float:
     growth = lambda path: grows.get(path.name.partition(".")[0], whole.evaluation / trial.evaluation)
     files = [path for folder in ("", "data", "eval") for path in (iteration / folder).glob("*.jsonl")]
     return whole.iterations * sum(path.stat().st_size * growth(path) for path in files)
-
-
-def checkpoint_bytes(iteration: Path) -> int:
-    return sum(path.stat().st_size for path in (iteration / "ckpt/model").iterdir())
-
-
-def host_bytes() -> int:
-    """The host's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ---------------------------------------------------------------------------------------------- what is printed
@@ -203,12 +181,12 @@ def stage_table(found: Measured) -> list[str]:
     for name, row in found.times.items():
         start = max(0.0, row["seconds"] - found.worked[name])
         peaks = mib(row.get("gpu_mib", 0)), mib(row.get("host_mib", 0))
-        cells.append((name, f"{row['seconds']:.1f}", f"{start:.1f}", *peaks, found.speed(name)))
+        cells.append((name, f"{row['seconds']:.1f}", f"{start:.1f}", *peaks, found.speeds.get(name, "-")))
     return table(cells)
 
 
 def first_figures(found: Measured, trial: Size) -> list[checks.Check]:
-    values, first, figures = current(), found.updates[0], found.figures
+    values, first, figures = current(), found.updates[0], rows().get(int(state("i")), {})
     trainer, soft, limit = state("TRAINER"), values["SOFT_LABELS"] == "true", int(values["MAX_NEW_TOKENS"])
     etas = [1.0 if eta == "-" else float(eta) for eta in values["ETA"].split(",")]
     eta = etas[min(int(state("i")) // int(values["SPLITS"]), len(etas) - 1)]
@@ -241,8 +219,9 @@ def whole_run(found: Measured, iteration: Path, trial: Size, whole: Size) -> tup
         for (count, name), where in ((found.peak("gpu_mib"), "on a GPU"), (found.peak("host_mib"), "of the host"))
         if count
     ]
-    first, checkpoint, written = int(state("first")), checkpoint_bytes(iteration), record_bytes(iteration, trial, whole)
-    left = range(first, first + whole.iterations)
+    checkpoint = sum(path.stat().st_size for path in (iteration / "ckpt/model").iterdir())
+    written = record_bytes(iteration, trial, whole)
+    left = range(int(state("first")), int(state("first")) + whole.iterations)
     needed = (kept_checkpoints(left) + 1) * checkpoint + resume_size(checkpoint) + written
     return [
         *table(cells),
@@ -258,10 +237,10 @@ def report() -> None:
     found = Measured(iteration, trial)
     figures = first_figures(found, trial)
     lines, needed = whole_run(found, iteration, trial, whole)
-    training = found.times["training"]
+    training, host = found.times["training"], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     wrong = [check.wrong for check in figures] + [
         checks.training_memory(training.get("gpu_mib"), training.get("gpu_total_mib")),
-        checks.host_memory(found.peak("host_mib")[0] * 2**20, host_bytes()),
+        checks.host_memory(found.peak("host_mib")[0] * 2**20, host),
         checks.disk(needed, shutil.disk_usage(folder).free),
     ]
     counts = f"{whole.train:,.0f} train, {whole.test:,.0f} test and {whole.evaluation:,.0f} evaluation prompts"
@@ -276,8 +255,4 @@ def report() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        {"begin": begin, "report": report}[sys.argv[1]]()
-    except Refused as refused:
-        say(str(refused))
-        sys.exit(1)
+    run({"begin": begin, "report": report}[sys.argv[1]])

@@ -3,6 +3,7 @@
 python -m pytest tests/test_comal_plan.py
 """
 
+import json
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.loop import ROOT
 
 def test_plan_says_what_it_costs(loop):
     plan = loop.run("--plan")[0]
-    assert "checkpoints 4 x 0.0 MiB = 0.0 MiB (KEEP_CKPTS=all)" in plan and "# time: not known" in plan, plan
+    assert "checkpoints 4 x 0.0 KiB = 0.0 KiB (KEEP_CKPTS=all)" in plan and "# time: not known" in plan, plan
     with open(loop.folder / "models/policy/model/model.safetensors", "wb") as file:
         file.truncate(3 * 2**20)
     plan = loop.run("--plan", KEEP_CKPTS="rounds")[0]
@@ -20,7 +21,17 @@ def test_plan_says_what_it_costs(loop):
     iteration = loop.exps / "run/iter0"
     (iteration / "logs").mkdir(parents=True)
     (iteration / "next.json").write_text("{}")
-    (iteration / "logs/times.jsonl").write_text('{"stage": "a", "seconds": 100}\n{"stage": "b", "seconds": 20}\n')
+    # Sampling was run again; the last policy was evaluated before there were more ROUNDS.
+    times = [
+        ("sampling", 900),
+        ("sampling", 100),
+        ("training", 20),
+        ("responses", 40),
+        ("evaluation", 50),
+        ("matrix", 60),
+    ]
+    rows = (json.dumps({"stage": stage, "seconds": seconds}) for stage, seconds in times)
+    (iteration / "logs/times.jsonl").write_text("\n".join(rows) + "\n")
     assert "# time: 3 x 2.0 min = 0.1 h" in loop.run("--plan")[0]
 
 

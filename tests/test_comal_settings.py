@@ -18,8 +18,8 @@ import settings as launch_settings  # noqa: E402
 def test_help_explains_every_setting():
     done = subprocess.run(["bash", "comal.sh", "--help"], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and "bash comal.sh --plan" in done.stdout
-    for setting in launch_settings.settings().values():
-        assert setting.text and re.search(rf"^  {setting.name}=", done.stdout, re.M), setting
+    for name, setting in launch_settings.settings().items():
+        assert setting.text and re.search(rf"^  {name}=", done.stdout, re.M), setting
     for method in launch_settings.methods(re.search(r'METHODS="(.*?)"', (ROOT / "comal.sh").read_text(), re.S)[1]):
         assert f"\n  {method} " in done.stdout
 
@@ -224,8 +224,8 @@ def test_packages_for_the_cpu_use_no_gpu(loop, two_gpus):
 def test_every_setting_is_checked_for_what_it_is():
     """Each of those that have a check exists, and what results depend on is the rest."""
     known = launch_settings.settings().keys()
-    checked = {*launch_settings.CHOICES, *launch_settings.WHOLE, *launch_settings.NUMBERS, *launch_settings.FREE}
-    assert checked <= known
+    checked = launch_settings.CHOICES.keys() | launch_settings.WHOLE.keys() | launch_settings.NUMBERS
+    assert checked | launch_settings.POSITIVE | launch_settings.AT_MOST_ONE | launch_settings.FREE <= known
     assert {"METHOD", "SEED", "ETA", "TEMPERATURE", "JUDGE_FLAGS", "FROM"} <= known - launch_settings.FREE
 
 

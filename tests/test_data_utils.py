@@ -128,6 +128,12 @@ def test_encode_text_leaves_the_tokenizer_as_it_was(tokenizer):
     assert tokenizer.encode(EVERY_SPELLING, add_special_tokens=False) == before
 
 
+def test_load_tokenizer_takes_directories_and_resolves_no_name(tokenizers, model_dirs):
+    assert load_tokenizer("nowhere", model_dirs["policy"]).get_vocab() == tokenizers["policy"].get_vocab()
+    with pytest.raises(StageError, match="no tokenizer in lab/none; name one with --tokenizer"):
+        load_tokenizer("lab/none")
+
+
 @pytest.mark.parametrize("name, token", [("policy", "<|im_end|>"), ("judge", "<|eot_id|>")])
 def test_end_token_id_is_what_the_template_puts_after_an_answer(tokenizers, model_dirs, name, token):
     end_id = tokenizers[name].convert_tokens_to_ids(token)

@@ -115,7 +115,7 @@ def test_comparison_reads_runs_that_do_not_tell_their_iterations_and_title(tmp_p
     settings = {"METHOD": "comal", "SEED": "0", "UPDATE_INTERVAL": "3", "ROUNDS": "2", "SPLITS": "4"}
     (path / "run.json").write_text(json.dumps(settings))
     found = methods.read_run(path)
-    assert (found["title"], len(found["gaps"]), found["moves"]) == ("comal", 9, [3, 6])
+    assert (found["title"], len(found["policies"]), found["moves"]) == ("comal", 9, [3, 6])
 
 
 def test_comparison_refuses_what_is_not_finished(tmp_path):

@@ -13,9 +13,6 @@ from helpers.pages import table_rows, text
 
 import records
 
-# ---------------------------------------------------------------------------------------------- file formats
-
-
 SCHEMAS = {name: kind for name, kind in vars(records).items() if typing.is_typeddict(kind) and kind.__annotations__}
 
 TYPES = {

@@ -140,6 +140,3 @@ def test_get_logprobs_writes_nothing_where_a_value_is_not_finite(setting, tmp_pa
     with pytest.raises(StageError, match="no finite log-probability for prompt_id p0, p1"):
         logprobs(setting, tmp_path / "out/data.jsonl", reference=broken_model(setting, tmp_path / "broken"))
     assert not (tmp_path / "out/data.jsonl").exists()
-
-
-BF16 = ["--cpu", "--mixed_precision", "bf16", "--num_processes", "1"]

@@ -8,10 +8,9 @@ import re
 import sys
 
 import pytest
-from helpers.children import no_child_left  # noqa: F401
 
 from utils import StageError
-from workers.pool import no_cpu_engine, worker_environments
+from workers.pool import PoolConfig, no_cpu_engine
 
 
 @pytest.fixture
@@ -30,20 +29,20 @@ def nvidia_smi(tmp_path, monkeypatch):
     return install
 
 
-def devices(*args, **settings):
-    return [environment["CUDA_VISIBLE_DEVICES"] for environment in worker_environments(*args, **settings)]
+def devices(gpus, **settings):
+    return [environment["CUDA_VISIBLE_DEVICES"] for environment in PoolConfig(gpus=gpus, **settings).environments()]
 
 
-def test_worker_environments_takes_the_gpus_that_nvidia_smi_lists(nvidia_smi):
+def test_environments_takes_the_gpus_that_nvidia_smi_lists(nvidia_smi):
     assert devices("auto") == ["0", "1", "2", "3"]
     assert devices("auto", tensor_parallel_size=2) == ["0,1", "2,3"]
     assert devices("3, 1") == ["3", "1"]
     assert devices("none", cpu_workers=3) == ["", "", ""]
     assert devices("GPU-2a, 1") == ["GPU-2a", "1"]
-    assert worker_environments("3") == [{"CUDA_VISIBLE_DEVICES": "3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}]
+    assert PoolConfig(gpus="3").environments() == [{"CUDA_VISIBLE_DEVICES": "3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}]
 
 
-def test_worker_environments_takes_mig_instances_that_are_named(nvidia_smi):
+def test_environments_takes_mig_instances_that_are_named(nvidia_smi):
     nvidia_smi(
         "echo 'GPU 0: NVIDIA A100 (UUID: GPU-0a)'; echo '  MIG 3g.20gb     Device  0: (UUID: MIG-1b)'; "
         "echo '  MIG 3g.20gb     Device  1: (UUID: MIG-2c)'"
@@ -58,7 +57,7 @@ def test_worker_environments_takes_mig_instances_that_are_named(nvidia_smi):
     "visible, expected",
     [("2,5", ["2", "5"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]), ("MIG-a", ["MIG-a"]), ("", [""]), ("-1", [""])],
 )
-def test_worker_environments_stays_within_cuda_visible_devices(nvidia_smi, monkeypatch, visible, expected):
+def test_environments_stays_within_cuda_visible_devices(nvidia_smi, monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)  # -1 is CUDA's own way to say: none
     assert devices("auto") == expected
     assert devices("none") == [""]
@@ -67,19 +66,19 @@ def test_worker_environments_stays_within_cuda_visible_devices(nvidia_smi, monke
 
 
 @pytest.mark.parametrize("body", ["exit 9", "echo 'NVIDIA-SMI has failed'; exit 1", ":"])
-def test_worker_environments_uses_the_cpu_where_there_is_no_gpu(nvidia_smi, body):
+def test_environments_uses_the_cpu_where_there_is_no_gpu(nvidia_smi, body):
     nvidia_smi(body)
     assert devices("auto", cpu_workers=2) == ["", ""]
     with pytest.raises(StageError, match="--gpus names 0, but nvidia-smi lists none"):
         devices("0")
 
 
-def test_worker_environments_refuses_an_unknown_gpu(nvidia_smi):
+def test_environments_refuses_an_unknown_gpu(nvidia_smi):
     with pytest.raises(StageError, match="--gpus names 4,x, but nvidia-smi lists 0,1,2,3"):
         devices("0,4,x")
 
 
-def test_worker_environments_refuses_an_uneven_split(nvidia_smi):
+def test_environments_refuses_an_uneven_split(nvidia_smi):
     with pytest.raises(StageError, match="4 GPUs cannot be split into groups of 3"):
         devices("auto", tensor_parallel_size=3)
 
@@ -87,10 +86,10 @@ def test_worker_environments_refuses_an_uneven_split(nvidia_smi):
 @pytest.mark.parametrize(
     "gpus, settings", [("0,0", {}), ("auto", {"tensor_parallel_size": 0}), ("none", {"cpu_workers": 0})]
 )
-def test_worker_environments_refuses_impossible_settings(nvidia_smi, gpus, settings):
+def test_environments_refuses_impossible_settings(nvidia_smi, gpus, settings):
     # A GPU given to two engines, groups of none, and no worker at all, for which map_chunks would wait for ever.
     with pytest.raises(StageError):
-        worker_environments(gpus, **settings)
+        PoolConfig(gpus=gpus, **settings)
 
 
 def installed(folder, name, version):

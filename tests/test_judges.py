@@ -18,6 +18,7 @@ from judges.base import JudgeConfig, fill_template, judge_class, read_template, 
 from judges.generative import GenerativeJudge, split_labels
 from judges.panel import mean
 from utils import StageError
+from vllm_model import EngineWork
 from workers.journal import Skipped
 from workers.worker import Worker, run_here
 
@@ -196,7 +197,8 @@ class FakeEngine:
 def judge(tokenizers, monkeypatch):
     """A judge whose two deciding tokens are 7 and 8, after the label's beginning [5, 6]."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
-    judge = object.__new__(GenerativeJudge)  # __init__ would load a model
+    judge = object.__new__(GenerativeJudge)  # its own __init__ would load a model
+    EngineWork.__init__(judge)
     judge.tokenizer, judge.template, judge.max_prompt_tokens = tokenizers["judge"], "{input}|{output_1}|{output_2}", 200
     judge.label_prefix, judge.label_ids = [5, 6], (7, 8)
     judge.records, judge.answers, judge.mass = 0, 0, 0.0
@@ -206,7 +208,7 @@ def judge(tokenizers, monkeypatch):
 
 def judged(judge, *records):
     """What becomes of the records in a worker."""
-    return run_here(judge.work(), [(0, record) for record in records])
+    return run_here(judge, [(0, record) for record in records])
 
 
 def record(prompt_id, *texts, prompt="Where?"):
@@ -268,52 +270,51 @@ def test_judge_skips_a_record_that_is_too_long_and_no_other(judge):
 
 
 def test_records_share_the_engine_and_end_in_any_order(judge):
-    work = judge.work()
-    work.begin("short", (0, record("b", "x", "y")))
-    work.begin("long", (0, record("a", "u", "v", "w")))
+    judge.begin("short", (0, record("b", "x", "y")))
+    judge.begin("long", (0, record("a", "u", "v", "w")))
     judge.engine.step = lambda: [judge.engine.output(judge.engine.waiting.pop(0))]
-    ended = [(key, work.result(key)["prompt_id"]) for _ in range(8) for key in work.step()]
-    assert ended == [("short", "b"), ("long", "a")] and not work.begun and not work.owners
-    work.begin("same", (0, record("c", "x", "x")))  # nothing to ask
-    assert work.step() == ["same"] and work.result("same")["order_gap"] is None
+    ended = [(key, judge.result(key)["prompt_id"]) for _ in range(8) for key in judge.step()]
+    assert ended == [("short", "b"), ("long", "a")] and not judge.begun and not judge.owners
+    judge.begin("same", (0, record("c", "x", "x")))  # nothing to ask
+    assert judge.step() == ["same"] and judge.result("same")["order_gap"] is None
 
 
 def test_on_a_gpu_what_is_begun_is_encoded_while_the_engine_steps_and_reaches_it_in_order(judge, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    work, gate, asked = judge.work(), threading.Event(), judge.requests
-    work.begin("a", (0, record("a", "x", "y")))
-    assert work.step() == [] and len(judge.engine.prompts) == 2  # nothing else to do: it waited for the requests
-    judge.requests = lambda one: gate.wait(10) and asked(one)
+    EngineWork.__init__(judge)
+    gate, asked = threading.Event(), judge.requests
+    judge.begin("a", (0, record("a", "x", "y")))
+    assert judge.step() == [] and len(judge.engine.prompts) == 2  # nothing else to do: it waited for the requests
+    judge.requests = lambda job, one: gate.wait(10) and asked(job, one)
     for key in "bc":
-        work.begin(key, (0, record(key, "x", "y", prompt=key)))
-    assert work.step() == ["a"] and len(judge.engine.prompts) == 2  # it did not wait for those of b and c
+        judge.begin(key, (0, record(key, "x", "y", prompt=key)))
+    assert judge.step() == ["a"] and len(judge.engine.prompts) == 2  # it did not wait for those of b and c
     gate.set()
-    assert [key for _ in range(4) for key in work.step()] == ["c", "b"]  # the last request is answered first
+    assert [key for _ in range(4) for key in judge.step()] == ["c", "b"]  # the last request is answered first
     texts = [judge.tokenizer.decode(prompt) for prompt in judge.engine.prompts[2:]]
     assert ["b|" in text for text in texts] == [True, True, False, False]
 
 
 def test_on_a_cpu_what_is_begun_reaches_the_engine_with_the_next_step(judge):
     """So that what the engine computes together does not depend on the time that anything takes."""
-    work = judge.work()
     for count, key in enumerate("abc", 1):
-        work.begin(key, (0, record(key, "x", "y")))
-        work.step()
+        judge.begin(key, (0, record(key, "x", "y")))
+        judge.step()
         assert len(judge.engine.prompts) == 2 * count
 
 
 def test_an_exception_while_a_record_is_encoded_or_handed_on_is_its_own(judge):
-    work, asked, taken = judge.work(), judge.requests, judge.engine.enqueue
+    asked, taken = judge.requests, judge.engine.enqueue
 
     def refuse(requests):
         if not requests:
             raise ValueError("nothing to ask")
         return taken(requests)
 
-    judge.requests = lambda one: 1 / 0 if one["prompt_id"] == "bad" else asked(one)
+    judge.requests = lambda job, one: 1 / 0 if one["prompt_id"] == "bad" else asked(job, one)
     judge.engine.enqueue = refuse
     records = [record("a", "x", "y"), record("bad", "x", "y"), record("same", "x", "x"), record("d", "x", "y")]
-    worker = Worker(work)
+    worker = Worker(judge)
     events = worker.begin(7, {n: (0, one) for n, one in enumerate(records)})
     while worker.left:
         events += worker.step()
@@ -324,18 +325,17 @@ def test_an_exception_while_a_record_is_encoded_or_handed_on_is_its_own(judge):
     ]
     found = events[-1][2]
     assert {n: pickle.loads(one)["prompt_id"] for n, one in found.items()} == {0: "a", 3: "d"}
-    judge.requests = lambda one: (_ for _ in ()).throw(StageError("the template is gone"))
+    judge.requests = lambda job, one: (_ for _ in ()).throw(StageError("the template is gone"))
     with pytest.raises(StageError, match="the template is gone"):
         worker.begin(8, {0: (0, records[0])})
         worker.step()
 
 
 def test_requests_of_a_record_that_could_not_be_added_are_forgotten(judge):
-    work = judge.work()
-    work.begin("a", (0, record("a", "x", "y")))
-    assert work.step() == []
+    judge.begin("a", (0, record("a", "x", "y")))
+    assert judge.step() == []
     judge.engine.waiting.append(99)  # of a record whose other requests were refused
-    assert [key for _ in range(2) for key in work.step()] == ["a"]
+    assert [key for _ in range(2) for key in judge.step()] == ["a"]
 
 
 def test_a_model_that_does_not_answer_with_its_labels_is_no_judge(judge):

@@ -21,8 +21,6 @@ from training.logps import (
     response_logps,
 )
 
-# ---------------------------------------------------------------------------------------------- as on a GPU
-
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):

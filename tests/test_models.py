@@ -106,18 +106,6 @@ def test_model_fingerprint_sees_config_sizes_and_weights(setting, tmp_path):
     assert model_fingerprint(model) == fingerprints[0]
 
 
-# A file system of a few megabytes, in a mount namespace of its own. $1: the directory, $2: its size in KiB; then
-# inpo.py's command. The first run fills it up; the second one has space.
-FULL_DISK = """
-mount -t tmpfs -o size=$2k none "$1" || exit 77
-directory=$1; shift 2
-"$@"; echo "first exit code $?:" $(ls "$directory/ckpt")
-mount -o remount,size=100m "$directory" || exit 77
-"$@"; echo "second exit code $?"
-cp -r "$directory/ckpt" "$directory-result"
-"""
-
-
 @pytest.mark.parametrize(
     "processes, here, spare, expected",
     [("16", "8", 1, (2, 8)), ("16", "8", -1, None), ("8", "8", 1, None), ("2", "1", 1, None)],

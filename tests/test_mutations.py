@@ -183,10 +183,10 @@ def check_pair(record):
     assert is_number(record.get("win_prob", 1), 0, 1)
 
 
-def check_rows(dataset, batch, prompts, *responses):
+def check_rows(dataset, records, prompts, *responses):
     """Prompt and responses in every row, as long as allowed, inside the vocabulary."""
     rows = [(prompt, list(own)) for prompt, *own in zip(prompts, *responses, strict=True)]
-    assert batch["rows"] == rows
+    assert [dataset.row(record) for record in records] == rows
     assert dataset.lengths == [len(prompt) + sum(map(len, own)) for prompt, own in rows]
     for prompt, own in rows:
         assert all(len(prompt + response) <= MAX_LENGTH for response in own)
@@ -238,14 +238,13 @@ def read_file(kind, path, tokenizer):
     elif kind in ("pairs", "texts", "data"):
         dataset = (PairDataset if kind == "data" else UnscoredPairDataset)(path, tokenizer, MAX_LENGTH, VOCABULARY)
         records = all_records(dataset)
-        batch = dataset.collate(records)
         check_rows(
             dataset,
-            batch,
+            records,
             *([record[f"{name}_token_ids"] for record in records] for name in ("prompt", "chosen", "rejected")),
         )
-        assert dataset.ids == batch["prompt_ids"] == [record["prompt_id"] for record in records]
-        assert ((batch["win_prob"] >= 0) & (batch["win_prob"] <= 1)).all()
+        assert dataset.ids == [record["prompt_id"] for record in records]
+        assert all(is_number(record["win_prob"], 0, 1) for record in records)
         for record in records:
             if kind == "data":
                 assert all(is_number(record[name], -math.inf, 0.001) for name in LOGPS)
@@ -255,17 +254,17 @@ def read_file(kind, path, tokenizer):
             else:
                 check_pair(record)
         if kind == "data":
+            batch = dataset.collate(records)
+            assert ((batch["win_prob"] >= 0) & (batch["win_prob"] <= 1)).all()
             assert all(batch[f"{name}s"].isfinite().all() for name in LOGPS)
     elif kind == "chats":
         dataset = ChatDataset(path, tokenizer, MAX_LENGTH, VOCABULARY)
         records = all_records(dataset)
         assert all(is_chat(record["messages"], "assistant") and len(record["messages"]) > 1 for record in records)
         batch = dataset.collate(records)
-        encoded = records
-        check_rows(
-            dataset, batch, *([one[name] for one in encoded] for name in ("prompt_token_ids", "response_token_ids"))
-        )
-        assert batch["num_tokens"].tolist() == [len(one["response_token_ids"]) for one in encoded]
+        names = ("prompt_token_ids", "response_token_ids")
+        check_rows(dataset, records, *([record[name] for record in records] for name in names))
+        assert batch["num_tokens"].tolist() == [len(record["response_token_ids"]) for record in records]
         assert all(is_number(weight, 0, math.inf) for weight in dataset.weights)
         assert all(type(record.get("weight", 1)) is not bool for record in records)
         plain = plainly_read(path)

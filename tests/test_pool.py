@@ -31,9 +31,6 @@ from workers.pool import PoolConfig, _chunks, map_files
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# ---- Files ----
-
-
 def starts(folder):
     return len(list(folder.glob("pid-*")))
 

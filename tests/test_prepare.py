@@ -67,13 +67,13 @@ def comal(models):
 
 @pytest.fixture
 def prepare_here(models, on_hub, monkeypatch):
-    """A function that does in this process what comal.sh starts: prepare.main for a run from the Hub's cache."""
+    """A function that does in this process what comal.sh starts: prepare.fetch for a run from the Hub's cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", on_hub["HF_HUB_CACHE"])
 
     def run(**changed):
         given = {"models": f"{ON_HUB['MODEL']},{ON_HUB['REFERENCE']}", "tokenizer": ON_HUB["TOKENIZER"]}
         given |= {"judge": ON_HUB["JUDGE"], "gpus": "none", "template": str(ROOT / "prompts/offsetbias.txt")}
-        prepare.main(**given | {"prompts": f"{models}/prompts/test.jsonl"} | changed)
+        prepare.fetch(**given | {"prompts": f"{models}/prompts/test.jsonl"} | changed)
 
     return run
 
@@ -159,5 +159,7 @@ def test_gpus_of_the_run_need_not_be_here(comal, models, tmp_path):
     settings |= {"PYTHON": str(python), "MODEL": str(models / "policy"), "JUDGE": str(models / "judge")}
     output, code = comal("--prepare", **settings, PROMPTS_DIR=str(prompts), EVAL_PROMPTS=str(prompts / "eval.jsonl"))
     assert code == 0 and "everything that the run needs is here" in output, output
-    started = re.search(rf"^-m launch.prepare --models {models}/policy,.* --judge {models}/judge .*", output, re.M)
+    started = re.search(
+        rf"^-m launch.prepare fetch --models {models}/policy,.* --judge {models}/judge .*", output, re.M
+    )
     assert started and "--gpus" not in started[0], output

@@ -31,9 +31,6 @@ from training.checkpoints import Checkpoints, Progress, find_progress
 from training.trainer import Trainer
 from utils import StageError
 
-# ---------------------------------------------------------------------------------------------- stopped and resumed
-
-
 # Eight updates of six and five pairs; a resume point after each one, a validation after each second one.
 RESUMED = dict(
     eta=ETA,
@@ -263,14 +260,16 @@ def test_an_unfinished_run_goes_on_with_the_same_settings_and_files_alone(
     assert "WARNING: micro_batch_tokens 150 then, 99 now; sums are rounded otherwise" in caplog.text
 
 
-def test_find_progress_reads_what_an_earlier_version_recorded(tmp_path):
+def test_find_progress_takes_the_run_with_the_same_fingerprint_alone(tmp_path):
     (tmp_path / "resume-3").mkdir()
     recorded = {"step": 3, "best": None, "first_loss": 0.5}
-    for name in ("fingerprint", "made_with"):
-        (tmp_path / "resume-3/progress.json").write_text(json.dumps(recorded | {name: {"eta": 0.1}}))
-        assert find_progress(tmp_path, {"eta": 0.1}) == Progress(**recorded)
-        with pytest.raises(StageError, match="unfinished run with other settings"):
-            find_progress(tmp_path, {"eta": 0.2})
+    (tmp_path / "resume-3/progress.json").write_text(json.dumps(recorded | {"fingerprint": {"eta": 0.1}}))
+    assert find_progress(tmp_path, {"eta": 0.1}) == Progress(**recorded)
+    with pytest.raises(StageError, match="unfinished run with other settings"):
+        find_progress(tmp_path, {"eta": 0.2})
+    (tmp_path / "resume-3/progress.json").write_text(json.dumps(recorded))
+    with pytest.raises(StageError, match="unfinished run with other settings"):
+        find_progress(tmp_path, {"eta": 0.1})
 
 
 # A file system of a few megabytes, in a mount namespace of its own. $1: the directory, $2: its size in KiB; then

@@ -8,11 +8,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from helpers.loop import ROOT
 from helpers.work import RecordWork
 
+import data_utils
 import sampling
 import vllm_model
-from data_utils import model_fingerprint
+from judges import base
 from judges.base import JudgeConfig
 from records import Record, read
 from sampling import per_file
@@ -125,12 +127,20 @@ def test_an_architecture_that_vllm_does_not_know_is_a_plain_error(model_dirs, mo
         Engine(model_dirs["policy"], "", 64, SamplerConfig(model="", gpus="none"))
 
 
-def test_a_models_name_is_resolved_once_and_given_names_stay(some_model, monkeypatch, tmp_path):
+@pytest.mark.parametrize("tokenizer, path", [("", ""), ("owner/name", "cache/owner/name")])
+def test_names_are_resolved_once_and_given_names_stay(some_model, monkeypatch, tmp_path, tokenizer, path):
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt/model").symlink_to(some_model)
     monkeypatch.chdir(tmp_path)
-    config = SamplerConfig(model="ckpt", gpus="none")
-    assert config.fingerprint()["model"] == model_fingerprint(some_model)
-    monkeypatch.setattr(vllm_model, "resolve_model", None)  # not called again, in the workers either
-    sent = pickle.loads(pickle.dumps(config))
-    assert (sent.model, sent.model_path, sent.tokenizer_path) == ("ckpt", "ckpt/model", "")
+    monkeypatch.setattr(data_utils, "_download", lambda name, only=None: f"cache/{name}")
+    policy = SamplerConfig(model="ckpt", tokenizer=tokenizer, gpus="none")
+    template = str(ROOT / "prompts/offsetbias.txt")
+    judge = JudgeConfig(judge="ckpt", judge_tokenizer=tokenizer, gpus="none", template=template)
+    assert policy.fingerprint()["model"] == judge.fingerprint()["judge"] == data_utils.model_fingerprint(some_model)
+    for module in (vllm_model, base):  # not called again, in the workers either
+        monkeypatch.setattr(module, "resolve_tokenizer", None)
+    monkeypatch.setattr(vllm_model, "resolve_model", None)
+    policy, judge = pickle.loads(pickle.dumps((policy, judge)))
+    found = {"names": ("ckpt", tokenizer), "paths": ("ckpt/model", path)}
+    assert {"names": (policy.model, policy.tokenizer), "paths": (policy.model_path, policy.tokenizer_path)} == found
+    assert {"names": (judge.judge, judge.judge_tokenizer), "paths": (judge.judge_path, judge.tokenizer_path)} == found

@@ -171,7 +171,7 @@ def server(monkeypatch):
 
 
 def work(judge, *records):
-    return run_here(judge.work(), [(0, record) for record in records])
+    return run_here(judge, [(0, record) for record in records])
 
 
 def error(message):

@@ -30,21 +30,17 @@ from data_utils import model_fingerprint
 from utils import StageError, dump_json, fingerprint, first_line, log, sync, write_text
 from workers.journal import check_fingerprint
 
-# Settings with which an unfinished run may go on although they differ. The contents of the four paths are compared
-# instead, except the tokenizer's.
+# Settings with which an unfinished run may go on although they differ. Instead of the paths, the contents of those that
+# are read are compared, except the tokenizer's.
 MAY_CHANGE = {
-    "output",
     "micro_batch_tokens",
     "sharding",
     "gradient_checkpointing",
     "save_minutes",
     "start_tolerance",
     "report_to",
-    "model",
-    "tokenizer",
-    "input",
-    "validation",
 }
+PATHS = {"output", "model", "tokenizer", "input", "validation"}
 
 
 def check_output(output: Path) -> None:
@@ -82,7 +78,7 @@ class Progress:
 
 def run_fingerprint(settings: dict, model_dir: str, accelerator: Accelerator) -> dict:
     """{setting: value} of all that a run's result depends on, files by the fingerprints of their contents."""
-    depends_on = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    depends_on = {name: value for name, value in settings.items() if name not in MAY_CHANGE | PATHS}
     depends_on["precision"] = accelerator.mixed_precision
     depends_on["launched"] = accelerator.distributed_type.value
     for name in ("input", "validation"):
@@ -103,22 +99,18 @@ def find_progress(output: Path, run: dict) -> Progress:
     if not points:
         return Progress()
     recorded = json.loads(points[max(points)].read_text())
-    then = recorded.pop("fingerprint", None) or recorded.pop("made_with")  # the name that an earlier version gave it
-    check_fingerprint(output, "an unfinished run", then, run)
+    check_fingerprint(output, "an unfinished run", recorded.pop("fingerprint", {}), run)
     return Progress(**recorded)
 
 
 def note_changes(path: Path, now: dict) -> None:
     """Say what a run that goes on does otherwise than its training.json says, where only the order of sums depends on
     it."""
-    if path.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
-        names = [
-            name for name in ("processes", "micro_batch_tokens", "sharding") if then.get(name, now[name]) != now[name]
-        ]
-        if names:
-            changes = ", ".join(f"{name} {then[name]} then, {now[name]} now" for name in names)
-            log.warning("WARNING: %s; sums are rounded otherwise than in a run that was not stopped", changes)
+    then = now | json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    names = [name for name in ("processes", "micro_batch_tokens", "sharding") if then[name] != now[name]]
+    if names:
+        changes = ", ".join(f"{name} {then[name]} then, {now[name]} now" for name in names)
+        log.warning("WARNING: %s; sums are rounded otherwise than in a run that was not stopped", changes)
 
 
 def disk_error(output: Path, what: str) -> StageError:
@@ -142,13 +134,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        config,
-        accelerator: Accelerator,
-        model: torch.nn.Module,
-        tokenizer,
-        fingerprint: dict,
-        progress: Progress,
+        self, config, accelerator: Accelerator, model: torch.nn.Module, tokenizer, fingerprint: dict, progress: Progress
     ):
         self.config, self.output, self.fingerprint, self.progress = config, Path(config.output), fingerprint, progress
         self.accelerator, self.model, self.tokenizer = accelerator, model, tokenizer
@@ -190,14 +176,8 @@ class Checkpoints:
         return on_time, told
 
     def keep(self, improved: bool, finished: bool) -> None:
-        """Save what is due after an update.
-
-        Args:
-            improved: the validation loss is the lowest so far
-            finished: this was the last update
-
-        Raises StageError in all processes where one of them was told to stop and updates are left.
-        """
+        """Save what is due after an update, where the validation loss has `improved` to the lowest so far, and the run
+        is `finished` or not. Raises StageError in all processes where one was told to stop and updates are left."""
         improved = improved and self.selects_best
         if improved:
             self.save(self.best_weights().name)

@@ -1,7 +1,6 @@
 """Data sets over JSONL files, and their batches. records.py has the files' schemas."""
 
 import torch
-from torch.utils.data import Dataset
 
 from data_utils import encode_chat, encode_text, end_token_id
 from records import Chat, Data, Pair, read_at, scan
@@ -11,7 +10,7 @@ TEXT_CHECKS = 100  # records of a file whose token ids are compared with their t
 LOGP_FIELDS = ("last_chosen_logp", "last_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
 
 
-class JsonlDataset(Dataset):
+class JsonlDataset:
     """Random access to the records of a JSONL file; memory holds four numbers a record, not the records.
 
     Args:
@@ -30,6 +29,7 @@ class JsonlDataset(Dataset):
     """
 
     schema: type
+    responses: tuple[str, ...]  # the fields of a complete record that hold its responses' token ids
 
     def __init__(self, path, tokenizer, max_length: int, vocab_size: int):
         self.path, self.tokenizer, self.max_length, self.vocab_size = path, tokenizer, max_length, vocab_size
@@ -38,13 +38,14 @@ class JsonlDataset(Dataset):
         for offset, record in scan(path, self.schema):
             record = self.complete(record)
             try:
-                weight, length = self.measure(record)
+                self.check(record)
             except ValueError as error:
                 raise StageError(f"{path}, prompt_id {record['prompt_id']}: {error}") from None
+            prompt, responses = self.row(record)
             self.offsets.append(offset)
             self.ids.append(record["prompt_id"])
-            self.weights.append(weight)
-            self.lengths.append(length)
+            self.weights.append(self.weight(record))
+            self.lengths.append(len(prompt) + sum(map(len, responses)))
 
     def __len__(self):
         return len(self.offsets)
@@ -56,64 +57,62 @@ class JsonlDataset(Dataset):
         """The record with the fields that may be absent."""
         return record
 
-    def measure(self, record: dict) -> tuple[float, int]:
-        """(weight, length) of one complete record. Raises ValueError for one that the model cannot take."""
-        raise NotImplementedError
+    def row(self, record: dict) -> tuple[list[int], list[list[int]]]:
+        """(prompt, [response, ...]) of a complete record as token ids, see logps.py."""
+        return record["prompt_token_ids"], [record[name] for name in self.responses]
 
-    def check_tokens(self, prompt, response, name):
-        """Raise ValueError unless both are non-empty, short enough together, and inside the vocabulary."""
-        if not prompt or not response:
-            raise ValueError(f"prompt_token_ids and {name} should not be empty")
-        if len(prompt) + len(response) > self.max_length:
-            command = "make_sft" if self.schema is Chat else "make_pairs"
-            raise ValueError(
-                f"{len(prompt)} prompt and {len(response)} response tokens exceed --max_length {self.max_length}; "
-                f"raise it, or filter with {command} --max_length"
-            )
-        if (largest := max(*prompt, *response)) >= self.vocab_size:
-            raise ValueError(
-                f"token {largest} is outside the model's vocabulary of {self.vocab_size}; was the file made with "
-                "another model's tokenizer?"
-            )
+    def weight(self, record: dict) -> float:
+        return 1.0
+
+    def check(self, record: dict) -> None:
+        """Raise ValueError unless prompt and responses are non-empty, short enough, and inside the vocabulary."""
+        prompt, responses = self.row(record)
+        for name, response in zip(self.responses, responses):
+            if not prompt or not response:
+                raise ValueError(f"prompt_token_ids and {name} should not be empty")
+            if len(prompt) + len(response) > self.max_length:
+                command = "make_sft" if self.schema is Chat else "make_pairs"
+                raise ValueError(
+                    f"{len(prompt)} prompt and {len(response)} response tokens exceed --max_length {self.max_length}; "
+                    f"raise it, or filter with {command} --max_length"
+                )
+            if (largest := max(*prompt, *response)) >= self.vocab_size:
+                raise ValueError(
+                    f"token {largest} is outside the model's vocabulary of {self.vocab_size}; was the file made with "
+                    "another model's tokenizer?"
+                )
 
 
 class PairDataset(JsonlDataset):
     """Preference pairs with stored log-probabilities: the data file of an iteration. Every pair weighs 1."""
 
     schema: type = Data
+    responses = "chosen_token_ids", "rejected_token_ids"
 
-    def measure(self, record):
-        prompt, length = record["prompt_token_ids"], len(record["prompt_token_ids"])
+    def check(self, record):
+        """Raise ValueError also where a response's token ids do not stand for its text."""
+        super().check(record)
         for side in ("chosen", "rejected"):
-            ids = record[f"{side}_token_ids"]
-            self.check_tokens(prompt, ids, f"{side}_token_ids")
             if side in record and len(self) < TEXT_CHECKS:
-                self.check_text(record[side][-1]["content"], ids)
-            length += len(ids)
-        return 1.0, length
-
-    def check_text(self, text, ids):
-        """Raise ValueError unless the response's token ids stand for its text."""
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=True)
-        if decoded != text:
-            raise ValueError(
-                f"the token ids are not those of the text under this tokenizer ({decoded[:40]!r} for {text[:40]!r}); "
-                "was the file made with another model's? Name that one with --tokenizer"
-            )
+                text = record[side][-1]["content"]
+                decoded = self.tokenizer.decode(record[f"{side}_token_ids"], skip_special_tokens=True)
+                if decoded != text:
+                    raise ValueError(
+                        f"the token ids are not those of the text under this tokenizer ({decoded[:40]!r} for "
+                        f"{text[:40]!r}); was the file made with another model's? Name that one with --tokenizer"
+                    )
 
     def collate(self, records: list[dict]) -> dict:
-        """A batch of B pairs: `rows` of (prompt, [chosen, rejected]) token ids, see logps.py; `prompt_ids`; and as (B,)
-        tensors `last_chosen_logps` ... `ref_rejected_logps`, `win_prob`."""
-        batch = {"rows": [(r["prompt_token_ids"], [r["chosen_token_ids"], r["rejected_token_ids"]]) for r in records]}
-        batch["win_prob"] = torch.tensor([r["win_prob"] for r in records], dtype=torch.float32)
-        for name in LOGP_FIELDS if self.schema is Data else ():
-            batch[f"{name}s"] = torch.tensor([r[name] for r in records], dtype=torch.float32)
-        batch["prompt_ids"] = [r["prompt_id"] for r in records]
+        """A batch of B pairs: `rows`; and as (B,) tensors `win_prob`, `last_chosen_logps` ... `ref_rejected_logps`."""
+        batch = {"rows": [self.row(record) for record in records]}
+        batch["win_prob"] = torch.tensor([record["win_prob"] for record in records], dtype=torch.float32)
+        for name in LOGP_FIELDS:
+            batch[f"{name}s"] = torch.tensor([record[name] for record in records], dtype=torch.float32)
         return batch
 
 
 class UnscoredPairDataset(PairDataset):
-    """Pairs without log-probabilities yet: the pairs file of an iteration, or pairs from elsewhere.
+    """Pairs without log-probabilities yet, for `row` alone: the pairs file of an iteration, or pairs from elsewhere.
 
     Pairs from elsewhere have texts alone. They are tokenised here, the end token included, and their label counts as
     certain (`win_prob` 1) where none is given.
@@ -125,14 +124,10 @@ class UnscoredPairDataset(PairDataset):
         record = {"win_prob": 1.0} | record
         if "prompt_token_ids" in record:
             return record
-        return (
-            record
-            | {"prompt_token_ids": encode_chat(self.tokenizer, record["prompt"])}
-            | {
-                f"{side}_token_ids": [*encode_text(self.tokenizer, record[side][-1]["content"]), self.end_id]
-                for side in ("chosen", "rejected")
-            }
-        )
+        record["prompt_token_ids"] = encode_chat(self.tokenizer, record["prompt"])
+        for side in ("chosen", "rejected"):
+            record[f"{side}_token_ids"] = [*encode_text(self.tokenizer, record[side][-1]["content"]), self.end_id]
+        return record
 
 
 class ChatDataset(JsonlDataset):
@@ -143,6 +138,7 @@ class ChatDataset(JsonlDataset):
     """
 
     schema = Chat
+    responses = ("response_token_ids",)
 
     def complete(self, record):
         *context, answer = record["messages"]
@@ -153,16 +149,12 @@ class ChatDataset(JsonlDataset):
             "response_token_ids": [*encode_text(self.tokenizer, answer["content"]), self.end_id],
         }
 
-    def measure(self, record):
-        prompt, response = record["prompt_token_ids"], record["response_token_ids"]
-        self.check_tokens(prompt, response, "response_token_ids")
-        return record.get("weight", 1.0) * len(response), len(prompt) + len(response)
+    def weight(self, record):
+        return record.get("weight", 1.0) * len(record["response_token_ids"])
 
     def collate(self, records: list[dict]) -> dict:
-        """A batch of B chats: `rows` of (prompt, [answer]) token ids, see logps.py; `num_tokens` of the answers, (B,);
-        `prompt_ids`."""
+        """A batch of B chats: `rows`; `num_tokens` of the answers, (B,)."""
         return {
-            "rows": [(record["prompt_token_ids"], [record["response_token_ids"]]) for record in records],
+            "rows": [self.row(record) for record in records],
             "num_tokens": torch.tensor([float(len(record["response_token_ids"])) for record in records]),
-            "prompt_ids": [record["prompt_id"] for record in records],
         }

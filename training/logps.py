@@ -124,10 +124,8 @@ def lay_out(rows: Rows, multiple: int = 1) -> dict[str, Tensor]:
     for number, (prompt, responses) in enumerate(rows):
         row, place, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
         for side, response in enumerate(responses):
-            before = number * length + len(row)
-            predictors += [number * length + len(prompt) - 1, *range(before, before + len(response) - 1)][
-                : len(response)
-            ]
+            places = [len(prompt) - 1, *range(len(row), len(row) + len(response) - 1)]
+            predictors += [number * length + place for place in places[: len(response)]]
             labels += response
             owner += [side * len(rows) + number] * len(response)
             row += response
@@ -160,11 +158,8 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 def sum_by_owner(token_logps: Tensor, owner: Tensor, count: int) -> Tensor:
     """Sums in float64, as float32: sequential float32 sums of long responses lose 1e-3."""
-    return (
-        torch.zeros(count, dtype=torch.float64, device=token_logps.device)
-        .index_add(0, owner, token_logps.double())
-        .float()
-    )
+    sums = torch.zeros(count, dtype=torch.float64, device=token_logps.device)
+    return sums.index_add(0, owner, token_logps.double()).float()
 
 
 def lay_out_plainly(rows: Rows) -> dict[str, Tensor]:
@@ -172,13 +167,9 @@ def lay_out_plainly(rows: Rows) -> dict[str, Tensor]:
     ones: input_ids and response_mask, True where a token belongs to a response."""
     sequences = [(prompt, responses[side]) for side in range(len(rows[0][1])) for prompt, responses in rows]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
-    padding = [length - len(prompt) - len(response) for prompt, response in sequences]
-    return {
-        "input_ids": torch.tensor([p + r + [0] * rest for (p, r), rest in zip(sequences, padding)]),
-        "response_mask": torch.tensor(
-            [[False] * len(p) + [True] * len(r) + [False] * rest for (p, r), rest in zip(sequences, padding)]
-        ),
-    }
+    ids = [p + r + [0] * (length - len(p) - len(r)) for p, r in sequences]
+    mask = [[len(p) <= place < len(p) + len(r) for place in range(length)] for p, r in sequences]
+    return {"input_ids": torch.tensor(ids), "response_mask": torch.tensor(mask)}
 
 
 def plain_logps(model: nn.Module, batch: dict) -> Tensor:

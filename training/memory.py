@@ -180,7 +180,7 @@ def shard_within_nodes(model_dir: str, memory: int) -> ParallelismConfig | None:
             "%s: weights, gradients and optimiser take %.1f GiB a GPU when each node has all of them, which is %s than "
             "half of its memory",
             f"sharded within each of {nodes} nodes, replicated between them" if fits else f"sharded over {nodes} nodes",
-            share / 2**30,
+            share / GIB,
             "less" if fits else "more",
         )
     return ParallelismConfig(dp_replicate_size=nodes, dp_shard_size=here) if fits else None

@@ -53,24 +53,20 @@ class Metrics:
     """
 
     def __init__(self, output: Path, accelerator: Accelerator, trackers: list[str], settings: dict, step: int):
-        self.output, self.accelerator = output, accelerator
+        self.path, self.accelerator = output / "metrics.jsonl", accelerator
         if accelerator.is_main_process:
             if step:
                 self.cut(step)
-            self.file = open(self.output / "metrics.jsonl", "a" if step else "w", encoding="utf-8")
+            else:
+                self.path.write_bytes(b"")
         if trackers:
-            accelerator.init_trackers(
-                "comal",
-                init_kwargs={
-                    "tensorboard": {"purge_step": step + 1},
-                    "wandb": {"name": str(output), "config": settings},
-                },
-            )
+            own = {"tensorboard": {"purge_step": step + 1}, "wandb": {"name": str(output), "config": settings}}
+            accelerator.init_trackers("comal", init_kwargs=own)
 
     def cut(self, step: int) -> None:
         """Remove the lines after that of update `step`, also one that was being written."""
         end = 0
-        with open(self.output / "metrics.jsonl", "r+b") as file:
+        with open(self.path, "r+b") as file:
             for line in file:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                     break
@@ -82,36 +78,20 @@ class Metrics:
         if not self.accelerator.is_main_process:
             return
         try:
-            self.file.write(dump_json({"step": step} | figures) + "\n")
-            self.file.flush()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(dump_json({"step": step} | figures) + "\n")
             self.accelerator.log(figures, step=step)
         except OSError as error:
-            raise disk_error(self.output, f"{self.output / 'metrics.jsonl'}: {error.strerror}") from None
+            raise disk_error(self.path.parent, f"{self.path}: {error.strerror}") from None
         print(line, flush=True)
-
-    def close(self) -> None:
-        if self.accelerator.is_main_process:
-            self.file.close()
 
 
 def update_line(step: int, total_steps: int, metrics: dict, seconds_left: float) -> str:
     """An update's figures for the terminal."""
-    parts = [
-        f"step {step:0{len(str(total_steps))}}/{total_steps}",
-        f"loss {metrics['loss']:.4g}",
-        f"normalised_loss {metrics['normalised_loss']:.4f}",
-    ]
+    form = "loss {loss:.4g} | normalised_loss {normalised_loss:.4f}"
     if "margin" in metrics:
-        parts += [
-            f"margin {metrics['margin']:.3g}",
-            f"acc {metrics['accuracy']:.2f}",
-            f"kl_last {metrics['kl_last']:.3g}",
-            f"kl_ref {metrics['kl_ref']:.3g}",
-        ]
+        form += " | margin {margin:.3g} | acc {accuracy:.2f} | kl_last {kl_last:.3g} | kl_ref {kl_ref:.3g}"
+    form += " | lr {learning_rate:.1e} | tok/s {tokens_per_s:,.0f}"
     minutes, seconds = divmod(int(seconds_left), 60)
-    parts += [
-        f"lr {metrics['learning_rate']:.1e}",
-        f"tok/s {metrics['tokens_per_s']:,.0f}",
-        f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}",
-    ]
-    return " | ".join(parts)
+    left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    return f"step {step:0{len(str(total_steps))}}/{total_steps} | {form.format_map(metrics)} | left {left}"

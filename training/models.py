@@ -109,17 +109,6 @@ def vocabulary_size(directory: str) -> int:
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def prepare_for_training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, sharding: str
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model and its optimiser under accelerate. With `sharding` "optimizer" parameters stay gathered after a
-    forward pass, and `one_pass` keeps them so until the last one of an update."""
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if accelerator.is_fsdp2 and sharding == "optimizer":
-        model.set_reshard_after_forward(False)
-    return model, optimizer
-
-
 @contextlib.contextmanager
 def one_pass(model: nn.Module, accelerator: Accelerator, sharding: str, last: bool) -> Iterator[None]:
     """The forward and backward pass of one micro-batch. Gradients are reduced among the processes in the `last` one of

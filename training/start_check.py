@@ -37,13 +37,8 @@ def furthest_off(config, difference: Tensor, rows: list, accelerator) -> Tensor:
 
 
 def check_start(config, off: list[float], normalised_loss: float) -> None:
-    """Raise StageError where the model is not the last policy of the data file.
-
-    Args:
-        config: TrainingConfig.
-        off: of the first batch, as `furthest_off` returns it.
-        normalised_loss: of the first batch.
-    """
+    """Raise StageError where the model is not the last policy of the data file, by what `furthest_off` found in the
+    first batch; the log has that batch's normalised loss beside it."""
     excess, nats, tokens = off
     log.info(
         "untouched policy: stored log-probabilities are off by up to %.2e nats (over %d tokens, where %.2g are "

@@ -15,19 +15,11 @@ import torch
 from torch import Tensor
 
 from data_utils import load_tokenizer, resolve_model, resolve_tokenizer
+from training import models
 from training.checkpoints import Checkpoints, check_apart, check_output, find_progress, note_changes, run_fingerprint
 from training.logps import batch_logps, model_inputs, on_device
 from training.memory import check_choices, plan
 from training.metrics import Metrics, pair_sums, stored_logps, update_line
-from training.models import (
-    load_model,
-    local_batches,
-    micro_batches,
-    one_pass,
-    prepare_for_training,
-    start_accelerator,
-    vocabulary_size,
-)
 from training.start_check import check_start, furthest_off
 from utils import StageError, check_at_least, check_input, log, split_list, write_text
 
@@ -100,13 +92,8 @@ class TrainingConfig:
         for name in ("learning_rate", "num_epochs", "global_batch_size", "max_length", "eval_steps"):
             if not getattr(self, name) > 0:
                 raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
-        check_at_least(
-            0,
-            save_minutes=self.save_minutes,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            start_tolerance=self.start_tolerance,
-        )
+        for name in ("save_minutes", "weight_decay", "max_grad_norm", "start_tolerance"):
+            check_at_least(0, **{name: getattr(self, name)})
         check_choices(self.micro_batch_tokens, self.sharding)
         if not 0 <= self.seed < 2**32:  # NumPy's
             raise StageError(f"--seed should be between 0 and {2**32 - 1}, got {self.seed}")
@@ -136,7 +123,6 @@ def train(
         compute_loss: (logps, batch) -> losses (N,). `logps` are the summed response log-probabilities of the
             batch's rows: (2N,) for pairs, chosen then rejected, (N,) for chats. Losses are averaged over the
             global batch with the data set's weights.
-        config: TrainingConfig
         dataset_class: training.datasets' PairDataset or ChatDataset
         method: the loss and its hyperparameters, to be recorded in training.json
 
@@ -162,22 +148,24 @@ class Trainer:
         tokenizer_dir = config.tokenizer and resolve_tokenizer(model_dir, config.tokenizer)
         check_apart(output, model_dir, tokenizer_dir, config.input, config.validation)
         tokenizer = load_tokenizer(model_dir, tokenizer_dir)
-        self.accelerator = start_accelerator(
+        self.accelerator = models.start_accelerator(
             config.seed, model_dir, log_with=config.trackers() or None, project_dir=output / "tensorboard"
         )
         fingerprint = run_fingerprint(settings, model_dir, self.accelerator)
         self.progress = find_progress(output, fingerprint)
-        vocab_size = vocabulary_size(model_dir)
+        vocab_size = models.vocabulary_size(model_dir)
         load = lambda path: dataset_class(path, tokenizer, config.max_length, vocab_size)
         self.data, self.validation = load(config.input), load(config.validation) if config.validation else None
-        model = load_model(model_dir, config.from_config, config.gradient_checkpointing)
+        model = models.load_model(model_dir, config.from_config, config.gradient_checkpointing)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
         longest = max([*self.data.lengths, *(self.validation.lengths if self.validation else [])])
         self.micro_batch_tokens, self.sharding = plan(
             model, self.accelerator, config.micro_batch_tokens, config.sharding, longest
         )
         settings |= {"micro_batch_tokens": self.micro_batch_tokens, "sharding": self.sharding}
-        self.model, self.optimizer = prepare_for_training(model, optimizer, self.accelerator, self.sharding)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.accelerator.is_fsdp2 and self.sharding == "optimizer":
+            self.model.set_reshard_after_forward(False)  # parameters stay gathered until `one_pass` says otherwise
         self.steps_per_epoch = math.ceil(len(self.data) / config.global_batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.checkpoints = Checkpoints(config, self.accelerator, self.model, tokenizer, fingerprint, self.progress)
@@ -192,9 +180,8 @@ class Trainer:
         import transformers
 
         config, accelerator = self.config, self.accelerator
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
         versions["commit"] = commit or "unknown"
         log.info("settings: %s", ", ".join(f"{name} {value}" for name, value in settings.items()))
@@ -230,7 +217,6 @@ class Trainer:
             if self.validation and (position + 1 == self.steps_per_epoch or done % config.eval_steps == 0):
                 improved = self.validate()
             self.checkpoints.keep(improved, finished=done == self.total_steps)
-        self.metrics.close()
         self.checkpoints.finish()
         self.accelerator.end_training()
 
@@ -279,27 +265,26 @@ class Trainer:
         Returns (metrics, before the first update also what `furthest_off` finds in all examples, where they have stored
         log-probabilities).
         """
-        device = self.accelerator.device
+        accelerator = self.accelerator
         weight_of = {i: dataset.weights[i] for i in indices}
         normaliser = sum(weight_of.values())
         if not normaliser > 0:
             raise StageError(f"{dataset.path}: all examples of a batch have weight 0")
         totals, off, untouched = {}, [], backward and self.progress.step == 0
-        processes = self.accelerator.num_processes
-        batches = micro_batches(indices, dataset.lengths, self.micro_batch_tokens, processes)
-        dealt = local_batches(batches, dataset.lengths, self.accelerator)
+        batches = models.micro_batches(indices, dataset.lengths, self.micro_batch_tokens, accelerator.num_processes)
+        dealt = models.local_batches(batches, dataset.lengths, accelerator)
         for number, (mine, counts) in enumerate(dealt, 1):
             batch = dataset.collate([dataset[i] for i in mine])
             batch["weight"] = torch.tensor([weight_of[i] * counts for i in mine])
-            batch = on_device(batch | model_inputs(self.model, batch["rows"], device), device)
+            batch = on_device(batch | model_inputs(self.model, batch["rows"], accelerator.device), accelerator.device)
             reduces = number == len(dealt)
-            with one_pass(self.model, self.accelerator, self.sharding, reduces), torch.set_grad_enabled(backward):
+            with models.one_pass(self.model, accelerator, self.sharding, reduces), torch.set_grad_enabled(backward):
                 logps = batch_logps(self.model, batch)
                 losses = self.compute_loss(logps, batch)  # (N,)
                 loss = (losses * batch["weight"]).sum()
                 if backward:
                     # Gradients are averaged over processes; the loss is a sum over them.
-                    self.accelerator.backward(loss / normaliser * processes)
+                    accelerator.backward(loss / normaliser * accelerator.num_processes)
             with torch.no_grad():
                 sums = {"loss": loss}
                 if "last_chosen_logps" in batch:
@@ -308,18 +293,18 @@ class Trainer:
                     sums["initial"] = (initial * batch["weight"]).sum()
                     sums |= {name: value * counts for name, value in pair_sums(logps, last, ref).items()}
                     if untouched:
-                        off.append(furthest_off(self.config, logps - last, batch["rows"], self.accelerator))
+                        off.append(furthest_off(self.config, logps - last, batch["rows"], accelerator))
                 for name, value in sums.items():
                     totals[name] = totals.get(name, 0) + value.detach().double()
         names = sorted(totals)  # the same on every process: they depend on the method alone
-        values = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum").tolist()
+        values = accelerator.reduce(torch.stack([totals[name] for name in names]), "sum").tolist()
         totals = dict(zip(names, values))
         loss = totals.pop("loss") / normaliser
         self.progress.first_loss = self.progress.first_loss or loss
         initial = totals.pop("initial") / normaliser if "initial" in totals else self.progress.first_loss
         metrics = {"loss": loss, "normalised_loss": loss / max(initial, 1e-12)}  # 0 only if every soft label is 1/2
         if off:
-            off = max(self.accelerator.gather(torch.stack(off)).tolist())
+            off = max(accelerator.gather(torch.stack(off)).tolist())
         return metrics | {name: total / len(indices) for name, total in totals.items()}, off
 
 

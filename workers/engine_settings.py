@@ -116,15 +116,10 @@ def engine_arguments() -> tuple[str, ...]:
     vllm = find_spec("vllm")
     if vllm is None or not vllm.origin:
         return ()
-    source = Path(vllm.origin).parent / "engine/arg_utils.py"
-    classes = [part for part in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(part, ast.ClassDef)]
-    return tuple(
-        line.target.id
-        for part in classes
-        if part.name == "EngineArgs"
-        for line in part.body
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-    )
+    source = (Path(vllm.origin).parent / "engine/arg_utils.py").read_text(encoding="utf-8")
+    classes = {part.name: part for part in ast.parse(source).body if isinstance(part, ast.ClassDef)}
+    names = [line.target for line in classes["EngineArgs"].body if isinstance(line, ast.AnnAssign)]
+    return tuple(name.id for name in names if isinstance(name, ast.Name))
 
 
 # ---------------------------------------------------------------------------------------------- the arguments
@@ -172,20 +167,18 @@ def engine_settings(config: EngineConfig, directory: str, model, max_model_len: 
 
 def settings_for_cpu(model, max_model_len: int) -> dict:
     """Settings of vLLM's engine on a CPU. A prompt is read in one piece: the backend for CPUs cannot rewind a seeded
-    generator after part of one. Shared prefixes are found in whole blocks, of which vLLM's own choice is 128."""
+    generator after part of one. Shared prefixes are found in whole blocks, of which vLLM's own choice is 128.
+
+    The cache has room for 128 sequences of full length, but no more than 1 GiB unless two of them need it: vLLM fills
+    all of it with zeros at its start, which takes up to 3 s a GiB. VLLM_CPU_KVCACHE_SPACE (GiB) overrides it.
+    """
+    sequence = max_model_len * kv_bytes_a_token(model, 4)
     return {
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(4096, max_model_len),
-        "kv_cache_memory_bytes": cpu_kv_cache_bytes(model, max_model_len),
+        "kv_cache_memory_bytes": min(128 * sequence, max(2 * sequence, 2**30)),
         "block_size": 32,
     }
-
-
-def cpu_kv_cache_bytes(model, max_model_len: int) -> int:
-    """Room for 128 sequences of full length, but no more than 1 GiB unless two of them need it: vLLM fills all of it
-    with zeros at its start, which takes up to 3 s a GiB. VLLM_CPU_KVCACHE_SPACE (GiB) overrides it."""
-    sequence = max_model_len * kv_bytes_a_token(model, 4)
-    return min(128 * sequence, max(2 * sequence, 2**30))
 
 
 def kv_bytes_a_token(model, size: int) -> int:
@@ -267,11 +260,7 @@ def constant_path(directory: str) -> Iterator[str]:
     The path is a link in a folder of this process's own, so no other process can make it lead to other weights. The
     processes that the block starts have the same working directory.
     """
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="comal-engine-") as folder:
-        os.symlink(os.path.abspath(directory), os.path.join(folder, "model"))
-        os.chdir(folder)
-        try:
-            yield "model"
-        finally:
-            os.chdir(before)
+    target = os.path.abspath(directory)
+    with tempfile.TemporaryDirectory(prefix="comal-engine-") as folder, contextlib.chdir(folder):
+        os.symlink(target, "model")
+        yield "model"

@@ -3,8 +3,8 @@
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from records import SkippedPrompt, writer
 from utils import StageError, dump_json, log
@@ -12,9 +12,8 @@ from utils import StageError, dump_json, log
 FORMAT = 1  # of the lines of a `.partial` file; a program that writes other lines has another number
 
 
-@dataclass
-class Skipped:
-    """The verdict that a record is left out of the output.
+class Skipped(NamedTuple):
+    """The verdict that a record is left out of the output; as JSON the list of its fields.
 
     Args:
         prompt_id: the record.
@@ -48,18 +47,16 @@ class Journal:
         self.skipped = {}  # the verdicts among them, by prompt_id
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
-            header, self.size = self._read(file)
-            if header is None:
-                self.size = 0
-            else:
+            header, size = self._read(file)
+            if header is not None:
                 found = f"{len(self.offsets)} finished records made"
                 check_fingerprint(self.path, found, header.get("fingerprint", {}), fingerprint)
-            file.truncate(self.size)
+            file.truncate(size)
         if header is None:
             self._write([{"format": FORMAT, "fingerprint": fingerprint}])
 
     def _read(self, file):
-        """(the header, or None where the file holds nothing else; the length of what is whole, in bytes)."""
+        """(the header, the length of what is whole, in bytes); (None, 0) where no record is."""
         file.seek(0)
         header, size = None, 0
         for line in file:
@@ -73,39 +70,38 @@ class Journal:
                     f"{self.path} holds finished records in the format of another version of this program; "
                     "finish it with that version, or remove it"
                 )
-            elif isinstance(value, list):
-                self.skipped[value[0]] = Skipped(*value)
-                self.offsets[value[0]] = size
             else:
-                self.offsets[value.get("prompt_id")] = size
+                self._note(Skipped(*value) if isinstance(value, list) else value, size)
             size += len(line)
-        return (header if self.offsets else None), size  # without records the settings do not matter
+        return (header, size) if self.offsets else (None, 0)  # without records the settings do not matter
 
     def append(self, results: list[dict | Skipped]) -> None:
         """Keep finished records and verdicts; they survive a kill from here on.
 
         Raises StageError when the disk is full.
         """
-        verdicts = [result for result in results if isinstance(result, Skipped)]
-        self.skipped.update((verdict.prompt_id, verdict) for verdict in verdicts)
-        ids = [result.prompt_id if isinstance(result, Skipped) else result["prompt_id"] for result in results]
-        places = self._write([[r.prompt_id, r.reason, r.usage] if isinstance(r, Skipped) else r for r in results])
-        self.offsets.update(zip(ids, places))
+        for result, offset in zip(results, self._write(results)):
+            self._note(result, offset)
+
+    def _note(self, result, offset):
+        """Note where the line of a record or of a verdict begins."""
+        if isinstance(result, Skipped):
+            self.skipped[result.prompt_id] = result
+        self.offsets[result.prompt_id if isinstance(result, Skipped) else result.get("prompt_id")] = offset
 
     def _write(self, values):
         """Append values as lines; returns where each one begins."""
         lines = [dump_json(value).encode() + b"\n" for value in values]
-        *places, size = itertools.accumulate(map(len, lines), initial=self.size)
         data = b"".join(lines)
         try:
             with open(self.path, "ab", buffering=0) as file:
+                places = itertools.accumulate(map(len, lines[:-1]), initial=file.tell())
                 while data:
                     data = data[file.write(data) :]
         except OSError as error:
             raise StageError(
                 f"{self.path}: {error.strerror}; what was finished before is kept there. Make room and start again"
             ) from None
-        self.size = size
         return places
 
     def lines(self, ids: Iterable[str]) -> Iterator[bytes]:

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import StageError, atomic_file, fingerprint, log, split_list
+from utils import StageError, atomic_file, check_at_least, fingerprint, log, split_list
 from workers.journal import Journal, Skipped, list_skipped
 from workers.local import LocalExecutor
+from workers.ray_executor import RayExecutor
 from workers.scheduler import IN_FLIGHT, map_chunks
 from workers.worker import Work
 
@@ -54,8 +55,7 @@ class PoolConfig:
     def __post_init__(self):
         if self.on_error not in ("fail", "skip"):
             raise StageError(f"--on_error should be fail or skip, got {self.on_error}")
-        if self.chunk_size < 1:
-            raise StageError(f"--chunk_size should be at least 1, got {self.chunk_size}")
+        check_at_least(1, chunk_size=self.chunk_size)
         if not 0 <= self.stall_timeout < float("inf"):
             raise StageError(f"--stall_timeout should be a number of seconds, 0 or more, got {self.stall_timeout}")
         if self.engine not in ("local", "ray"):
@@ -64,44 +64,34 @@ class PoolConfig:
             self.environments()
 
     def environments(self) -> list[dict[str, str]]:
-        """One dictionary of environment variables a worker. Raises StageError for GPUs that are not there."""
-        return worker_environments(self.gpus, self.tensor_parallel_size, self.cpu_workers)
+        """The environment variables of each worker process: which GPUs it owns, or none.
 
-
-def worker_environments(
-    gpus: str = "auto", tensor_parallel_size: int = 1, cpu_workers: int = 1
-) -> list[dict[str, str]]:
-    """The environment variables of each worker process: which GPUs it owns, or none.
-
-    `gpus`: `auto` (all that this process may use, or the CPU where there are none), a comma-separated list of
-    physical numbers or UUIDs as `nvidia-smi -L` shows them, or `none`. With CUDA_VISIBLE_DEVICES set, only what is
-    named there may be used, as it is named there. Raises StageError for a GPU that does not exist, or numbers that do
-    not divide evenly.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    named = [] if (visible or "").strip() == "-1" else split_list(visible or "")
-    numbers, uuids = _physical_gpus() if visible is None else (named, [])
-    chosen = [] if gpus == "none" else numbers if gpus == "auto" else split_list(gpus)
-    if min(tensor_parallel_size, cpu_workers) < 1 or len(set(chosen)) < len(chosen):
-        raise StageError(
-            f"--gpus {gpus}, --tensor_parallel_size {tensor_parallel_size}, --cpu_workers {cpu_workers}: each GPU "
-            "may be named once, and the numbers should be at least 1"
-        )
-    unknown = [gpu for gpu in chosen if gpu not in numbers + uuids]
-    if unknown:
-        source = "nvidia-smi lists" if visible is None else "CUDA_VISIBLE_DEVICES allows"
-        raise StageError(f"--gpus names {','.join(unknown)}, but {source} {','.join(numbers) or 'none'}")
-    if not chosen and tensor_parallel_size > 1:
-        raise StageError(f"--tensor_parallel_size {tensor_parallel_size}: there is no GPU to share")
-    if not chosen:
-        return [{"CUDA_VISIBLE_DEVICES": ""}] * cpu_workers
-    if len(chosen) % tensor_parallel_size:
-        raise StageError(
-            f"{len(chosen)} GPUs cannot be split into groups of {tensor_parallel_size} (--tensor_parallel_size)"
-        )
-    groups = [chosen[i : i + tensor_parallel_size] for i in range(0, len(chosen), tensor_parallel_size)]
-    # CUDA's own order is by speed: on a node with different GPUs its numbers are not those of nvidia-smi.
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(group), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} for group in groups]
+        With CUDA_VISIBLE_DEVICES set, only what is named there may be used, as it is named there; `auto` is all that
+        may be used, or the CPU. Raises StageError for a GPU that does not exist, or numbers that do not divide evenly.
+        """
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        named = [] if (visible or "").strip() == "-1" else split_list(visible or "")
+        numbers, uuids = _physical_gpus() if visible is None else (named, [])
+        chosen = [] if self.gpus == "none" else numbers if self.gpus == "auto" else split_list(self.gpus)
+        size = self.tensor_parallel_size
+        if min(size, self.cpu_workers) < 1 or len(set(chosen)) < len(chosen):
+            raise StageError(
+                f"--gpus {self.gpus}, --tensor_parallel_size {size}, --cpu_workers {self.cpu_workers}: each GPU "
+                "may be named once, and the numbers should be at least 1"
+            )
+        unknown = [gpu for gpu in chosen if gpu not in numbers + uuids]
+        if unknown:
+            source = "nvidia-smi lists" if visible is None else "CUDA_VISIBLE_DEVICES allows"
+            raise StageError(f"--gpus names {','.join(unknown)}, but {source} {','.join(numbers) or 'none'}")
+        if not chosen and size > 1:
+            raise StageError(f"--tensor_parallel_size {size}: there is no GPU to share")
+        if not chosen:
+            return [{"CUDA_VISIBLE_DEVICES": ""}] * self.cpu_workers
+        if len(chosen) % size:
+            raise StageError(f"{len(chosen)} GPUs cannot be split into groups of {size} (--tensor_parallel_size)")
+        groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        # CUDA's own order is by speed: on a node with different GPUs its numbers are not those of nvidia-smi.
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(group), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} for group in groups]
 
 
 def _physical_gpus():
@@ -199,8 +189,6 @@ def _tasks(jobs, journals):
 def _executor(make_work, pool):
     if pool.engine == "local":
         return LocalExecutor(make_work, pool.environments())
-    from workers.ray_executor import RayExecutor
-
     return RayExecutor(make_work, pool.gpus, pool.tensor_parallel_size, pool.cpu_workers)
 
 

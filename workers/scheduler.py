@@ -47,7 +47,7 @@ class Executor(Protocol):
 @dataclass
 class Chunk:
     tasks: dict  # {position: task}
-    losses: int = 0  # workers that were lost over it
+    lost: bool = False  # whether a worker was lost over it
 
 
 @dataclass
@@ -63,7 +63,7 @@ class _Slot:
         """Whether it should get this Chunk now: one that a worker was lost over goes alone."""
         return self.ready and (
             not self.chunks
-            or (len(self.chunks) < IN_FLIGHT and not any(other.losses for other in (chunk, *self.chunks.values())))
+            or (len(self.chunks) < IN_FLIGHT and not any(other.lost for other in (chunk, *self.chunks.values())))
         )
 
 
@@ -113,10 +113,7 @@ class _Scheduler:
         if self.ready_at:
             ready = sum(self.ready_at) / len(self.ready_at)
             log.info(
-                "%d records in %.2f s, after a start of %.2f s",
-                self.done,
-                time.monotonic() - ready,
-                ready - self.began,
+                "%d records in %.2f s, after a start of %.2f s", self.done, time.monotonic() - ready, ready - self.began
             )
 
     def start(self, slot):
@@ -188,10 +185,14 @@ class _Scheduler:
         chunks, was_ready, slot.chunks = slot.chunks.values(), slot.ready, {}
         again = []
         for chunk in chunks:
-            retried, culprit = retry(chunk)
-            again += retried
-            if culprit is not None:
+            tasks = list(chunk.tasks.items())
+            if chunk.lost and len(tasks) == 1:
+                culprit = tasks[0][1]
                 yield [(culprit, self.give_up(culprit, summary))]
+                continue
+            middle = len(tasks) // 2
+            parts = [tasks[:middle], tasks[middle:]] if chunk.lost else [tasks]
+            again += [Chunk(dict(part), lost=True) for part in parts if part]
         self.lost = again + self.lost
         self.restarts += was_ready
         if self.restarts > MAX_RESTARTS:
@@ -206,16 +207,3 @@ class _Scheduler:
                 "the messages above and the system log"
             )
         self.start(slot)
-
-
-def retry(lost: Chunk) -> tuple[list[Chunk], Any]:
-    """(the chunks to try instead of a lost one, the single task to give up or None)."""
-    tasks = list(lost.tasks.items())
-    if not tasks:
-        return [], None
-    if not lost.losses:
-        return [Chunk(lost.tasks, 1)], None
-    if len(tasks) == 1:
-        return [], tasks[0][1]
-    middle = len(tasks) // 2
-    return [Chunk(dict(half), 1) for half in (tasks[:middle], tasks[middle:])], None

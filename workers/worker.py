@@ -1,13 +1,7 @@
 """What runs inside a worker process, whichever executor has started it: the chunks that it was given, record by record.
 
-The work of a worker is an object with three methods, about single records:
-
-    begin(key, task)   take a record on
-    step()             move everything that has begun on for a moment; the list of the keys that are ready
-    result(key)        a ready record's result: a record, or a journal.Skipped
-
-An exception in `begin` or `result` is that record's: it is reported, and the worker goes on with the others. What makes
-the process useless (`is_crash`), and every exception of `step`, is the engine's: it ends the worker.
+An exception in `begin` or `result` of the work is that record's: it is reported, and the worker goes on with the
+others. What makes the process useless (`is_crash`), and every exception of `step`, is the engine's: it ends the worker.
 """
 
 import contextlib
@@ -21,13 +15,16 @@ from utils import StageError, first_line
 
 
 class Work(Protocol):
-    """The work of a worker, see above."""
+    """The work of a worker, about single records."""
 
-    def begin(self, key, task) -> None: ...
+    def begin(self, key, task) -> None:
+        """Take a record on."""
 
-    def step(self) -> list: ...
+    def step(self) -> list:
+        """Move everything that has begun on for a moment; the list of the keys that are ready."""
 
-    def result(self, key) -> Any: ...
+    def result(self, key) -> Any:
+        """A ready record's result: a record, or a journal.Skipped."""
 
 
 class Worker:

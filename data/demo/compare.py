@@ -17,10 +17,10 @@ LAST_ITERATIONS = 6  # single iterations are noisy; their mean over the last one
 
 
 def read_run(experiment):
-    """{method, title, seed, moves, gaps, others, policies} of a run that comal.sh has finished.
+    """What comes of a run that comal.sh has finished, by name.
 
-    `moves` are the policies that became the reference, where that did not happen after every iteration; of `gaps`,
-    `others` and `policies` there is one value for each policy, that of the initial one first.
+    `moves` are the policies that became the reference, where that did not happen after every iteration; of
+    `duality_gaps` and `policies` there is one value for each policy, that of the initial one first.
     """
     try:
         settings = json.loads((experiment / "run.json").read_text())
@@ -31,15 +31,16 @@ def read_run(experiment):
     expected = ["start", *range(iterations)]
     if [row["iteration"] for row in rows] != expected:
         raise StageError(f"{experiment}: game.json lacks iterations; let comal.sh finish first")
-    every = int(settings["UPDATE_INTERVAL"])
+    every, late = int(settings["UPDATE_INTERVAL"]), rows[-LAST_ITERATIONS:]
     return {
         "method": settings["METHOD"],
         "title": settings.get("METHOD_TITLE", settings["METHOD"]),
         "seed": int(settings["SEED"]),
-        "moves": list(range(every, len(rows) - 1, every)) if every > 1 else [],
-        "gaps": [row["duality_gap"] for row in rows],
-        "others": [row["other"] for row in rows],
+        "mean_late_gap": sum(row["duality_gap"] for row in late) / LAST_ITERATIONS,
+        "largest_late_other": max(row["other"] for row in late),
+        "duality_gaps": [row["duality_gap"] for row in rows],
         "policies": [row["distribution"] for row in rows],
+        "moves": list(range(every, len(rows) - 1, every)) if every > 1 else [],
     }
 
 
@@ -54,35 +55,23 @@ def main(experiments: list, output: str):
     if target.suffix != ".svg":
         raise StageError(f"--output should end in .svg, got {output}")
     runs = [read_run(Path(experiment)) for experiment in experiments]
-    if len({len(run["gaps"]) for run in runs}) != 1:
+    if len({len(run["policies"]) for run in runs}) != 1:
         raise StageError("the runs have different numbers of iterations")
     titles = {run["method"]: run["title"] for run in runs}  # in the order in which they are given
     seeds = sorted({run["seed"] for run in runs})
-    late = {(run["method"], run["seed"]): sum(run["gaps"][-LAST_ITERATIONS:]) / LAST_ITERATIONS for run in runs}
-    last = len(runs[0]["gaps"]) - 1
+    last = len(runs[0]["policies"]) - 1
     print(
         f"\nMean duality gap of iterations {last - LAST_ITERATIONS + 1} to {last} (the initial policy's: "
-        f"{runs[0]['gaps'][0]:.3f}), and the largest mass on other responses in them.\n"
+        f"{runs[0]['duality_gaps'][0]:.3f}), and the largest mass on other responses in them.\n"
         "The duality gap is 2 (max_y P(y > policy) - 1/2): 0 at a Nash policy and at most 1.\n"
     )
     print(f"{'':24}" + "".join(f"{f'seed {seed}':>10}" for seed in seeds) + f"{'other':>10}")
     for method, title in titles.items():
-        other = max(max(run["others"][-LAST_ITERATIONS:]) for run in runs if run["method"] == method)
-        print(
-            f"{title:24}"
-            + "".join(f"{late[method, seed]:10.3f}" if (method, seed) in late else f"{'-':>10}" for seed in seeds)
-            + f"{other:10.3f}"
-        )
-    figures = [
-        {
-            "method": run["method"],
-            "seed": run["seed"],
-            "mean_late_gap": late[run["method"], run["seed"]],
-            "largest_late_other": max(run["others"][-LAST_ITERATIONS:]),
-            "duality_gaps": run["gaps"],
-        }
-        for run in runs
-    ]
+        own = {run["seed"]: run for run in runs if run["method"] == method}
+        gaps = "".join(f"{own[seed]['mean_late_gap']:10.3f}" if seed in own else f"{'-':>10}" for seed in seeds)
+        print(f"{title:24}{gaps}{max(run['largest_late_other'] for run in own.values()):10.3f}")
+    names = ("method", "seed", "mean_late_gap", "largest_late_other", "duality_gaps")
+    figures = [{name: run[name] for name in names} for run in runs]
     write_text(target.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
     write_text(target, draw(runs, titles))
 
@@ -106,7 +95,7 @@ def draw(runs, titles):
             draw_gaps(axes, own, title, colour)
             draw_simplex(simplex, own, title, colour)
         axes.axhline(0, color="#b9b6ae", linewidth=0.8)
-        ticks = range(0, len(runs[0]["gaps"]), 3)
+        ticks = range(0, len(runs[0]["policies"]), 3)
         axes.set(xlabel="iteration", ylabel="duality gap", xlim=(0, None), ylim=(-0.02, None), xticks=ticks)
         axes.grid(axis="y", color="#e8e6e1", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
@@ -121,7 +110,7 @@ def draw_gaps(axes, runs, title, colour):
     """The duality gap of one method by iteration."""
     import numpy as np
 
-    gaps = np.array([each["gaps"] for each in runs])  # (seeds, policies)
+    gaps = np.array([each["duality_gaps"] for each in runs])  # (seeds, policies)
     axes.plot(gaps.mean(axis=0), color=colour, label=title, linewidth=1.8)
     axes.fill_between(range(gaps.shape[1]), gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     on_axis = dict(clip_on=False, zorder=5, transform=axes.get_xaxis_transform())

@@ -34,18 +34,8 @@ PREFERENCE = ((0.5, 0.1, 0.8), (0.9, 0.5, 0.1), (0.2, 0.9, 0.5))  # [i][j] = P(a
 BRADLEY_TERRY = ((0.5, 1 / 4, 1 / 10), (3 / 4, 0.5, 1 / 4), (9 / 10, 3 / 4, 0.5))
 START = (0.8, 0.1, 0.1)
 
-OPENINGS = (
-    "Hello!",
-    "Good morning.",
-    "A quick question:",
-    "Please help me.",
-    "Tell me,",
-    "I wonder:",
-    "So,",
-    "Honestly,",
-    "We need advice.",
-    "Dear assistant,",
-)
+OPENINGS = ("Hello!", "Good morning.", "A quick question:", "Please help me.", "Tell me,", "I wonder:", "So,")
+OPENINGS += ("Honestly,", "We need advice.", "Dear assistant,")
 QUESTIONS = (
     "where should we spend {}?",
     "what is the best place for {}?",
@@ -58,10 +48,8 @@ NUM_HELD_OUT = 32  # phrasings that neither model has seen in training
 
 def phrasings():
     """(phrasings to learn from, held-out phrasings), in a fixed order that mixes their parts."""
-    every = [
-        f"{opening} {question.format(occasion)}"
-        for opening, question, occasion in itertools.product(OPENINGS, QUESTIONS, OCCASIONS)
-    ]
+    parts = itertools.product(OPENINGS, QUESTIONS, OCCASIONS)
+    every = [f"{opening} {question.format(occasion)}" for opening, question, occasion in parts]
     mixed = [every[(i * 37) % len(every)] for i in range(len(every))]  # 37 and 160 have no common divisor
     return mixed[NUM_HELD_OUT:], mixed[:NUM_HELD_OUT]
 
@@ -87,20 +75,14 @@ def write_tokenizer(directory, texts, special_tokens, chat_template):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=664,
-            special_tokens=list(special_tokens),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=664, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    pad, *others, end = special_tokens
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=special_tokens[0],
-        eos_token=special_tokens[-1],
-        additional_special_tokens=list(special_tokens[1:-1]),
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=end, additional_special_tokens=others
     )
     fast.chat_template = chat_template
     fast.save_pretrained(directory)
@@ -112,38 +94,24 @@ def write_models(output_dir, template):
     from transformers import LlamaConfig, Qwen2Config
 
     texts = [text for group in phrasings() for text in group] + list(ANSWERS)
-    shape = dict(
-        vocab_size=664,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=16384,
-        tie_word_embeddings=True,
-    )
-    for name, config, text, tokens, chat in (
-        ("policy", Qwen2Config, texts, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), CHATML),
-        (
-            "judge",
-            LlamaConfig,
-            texts * 2 + [template, "Output (a) Output (b)"],
-            ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-            LLAMA3,
-        ),
+    qwen = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    llama = ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    judging = texts * 2 + [template, "Output (a) Output (b)"]
+    for name, config, text, tokens, chat_template in (
+        ("policy", Qwen2Config, texts, qwen, CHATML),
+        ("judge", LlamaConfig, judging, llama, LLAMA3),
     ):
         directory = Path(output_dir) / f"{name}-config"
-        tokenizer = write_tokenizer(directory, text, tokens, chat)
-        config(
-            **shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
-        ).save_pretrained(directory)
+        tokenizer = write_tokenizer(directory, text, tokens, chat_template)
+        shape = dict(vocab_size=664, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+        shape |= dict(num_key_value_heads=4, max_position_embeddings=16384, tie_word_embeddings=True)
+        ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+        config(**shape, **ids).save_pretrained(directory)
 
 
 def chat(prompt, answer, weight):
-    return {
-        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-        "weight": weight,
-    }
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "weight": weight}
 
 
 def judging_examples(template, prompts, preference):
@@ -209,12 +177,13 @@ def answer_probabilities(checkpoint, prompts, tokenizer=""):
     """Exact probability of each of the three answers, end token included: one list of three a prompt."""
     import torch
 
-    from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer, resolve_model
+    from data_utils import encode_prompt, encode_text, end_token_id, load_tokenizer, resolve_model, resolve_tokenizer
     from training.logps import response_logps
     from training.models import load_model
 
     directory = resolve_model(checkpoint)
-    tokenizer, model = load_tokenizer(directory, tokenizer), load_model(directory).eval()
+    tokenizer = load_tokenizer(directory, tokenizer and resolve_tokenizer(directory, tokenizer))
+    model = load_model(directory).eval()
     answers = [encode_text(tokenizer, answer) + [end_token_id(tokenizer)] for answer in ANSWERS]
     rows = [(encode_prompt(tokenizer, prompt), answers) for prompt in prompts]
     with torch.no_grad():
@@ -273,18 +242,13 @@ def table(experiment: str, start: str = "exps/demo-models/policy", tokenizer: st
         write_text(target, json.dumps(measure(start, checkpoints, target, tokenizer), indent=1) + "\n")
     rows = json.loads(target.read_text())
     print(f"\n{'':10} {'exact, given one of the three answers':^38}           {'P(win) against':^18}")
-    print(
-        f"{'iteration':10} {'mountains':>9} {'sea':>9} {'city':>9} {'other':>8} {'gap':>9} {'start':>9} {'previous':>9}"
-    )
-    for row in rows:
-        wins = [f"{p:9.3f}" if p is not None else f"{'-':>9}" for p in row["win_prob"]]
-        print(
-            f"{row['iteration']!s:10} "
-            + " ".join(f"{p:9.3f}" for p in row["distribution"])
-            + f" {row['other']:8.3f} {row['duality_gap']:9.3f} "
-            + " ".join(wins)
-        )
-    print(f"{'Nash':10} " + " ".join(f"{p:9.3f}" for p in (4 / 11, 3 / 11, 4 / 11)) + f" {0:8.3f} {0:9.3f}")
+    answers = " ".join(f"{name:>9}" for name in NAMES)
+    print(f"{'iteration':10} {answers} {'other':>8} {'gap':>9} {'start':>9} {'previous':>9}")
+    nash = {"iteration": "Nash", "distribution": (4 / 11, 3 / 11, 4 / 11), "other": 0, "duality_gap": 0, "win_prob": []}
+    for row in [*rows, nash]:
+        answers = " ".join(f"{p:9.3f}" for p in row["distribution"])
+        wins = "".join(f" {'-' if p is None else format(p, '.3f'):>9}" for p in row["win_prob"])
+        print(f"{row['iteration']!s:10} {answers} {row['other']:8.3f} {row['duality_gap']:9.3f}{wins}")
     print(
         "\nIteration i is the policy that iteration i trained; other: its probability of anything but the three "
         "answers.\ngap = 2 (max_y P(y > policy) - 1/2), at most 1, of the policy given one of the three answers; 0 at "

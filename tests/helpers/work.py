@@ -35,9 +35,6 @@ class LengthJudge(RecordWork):
     def __init__(self, config):
         pass
 
-    def work(self):
-        return self
-
     @staticmethod
     def check(config):
         pass
