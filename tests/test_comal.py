@@ -279,6 +279,7 @@ def test_run_json_is_json_and_says_what_the_method_is(loop):
     assert "--labels A,B --x its" in log
 
 
+@pytest.mark.slow
 def test_a_setting_that_is_not_in_run_json_had_its_default(loop):
     one = {"ROUNDS": "1", "SPLITS": "1"}
     assert loop.run(**one)[1] == 0
