@@ -3,11 +3,16 @@
 bash tests/run.sh
 """
 
+import contextlib
+import gc
 import json
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -19,16 +24,30 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is first imported
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection(session):
+    """The tests are imported as data_utils.import_transformers imports: without collecting garbage, and with
+    scikit-learn hidden from transformers. That spares seconds in each process."""
+    gc.disable()
+    sys.modules["sklearn"] = None
+    yield
+    del sys.modules["sklearn"]
+    gc.enable()
+
+
 LOOPS = ("test_end_to_end.py", "test_faults.py", "test_nodes.py")  # these look at the finished run
+SERVED = ("test_servers.py", "test_trial.py")  # these ask the server with the judge
+STAGES = ("test_bad_input.py", "test_odd_input.py")  # these fork one process that has imported PyTorch
 
 
 def pytest_collection_modifyitems(items):
-    """The files of the finished run come first, then those with many slow tests: so two processes end at about the same
-    time. What needs vLLM on the CPU is skipped where only a build for GPUs is installed."""
+    """The files of the finished run come first, then those of the server, then those with many slow tests: so two
+    processes end at about the same time. What needs vLLM on the CPU is skipped where only a build for GPUs is
+    installed."""
     from workers.pool import no_cpu_engine
 
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (item.path.name not in LOOPS, -slow[item.path]))
+    items.sort(key=lambda item: (item.path.name not in LOOPS, item.path.name not in SERVED, -slow[item.path]))
     reason = no_cpu_engine()
     for item in items if reason else ():
         if item.get_closest_marker("cpu_engine"):
@@ -37,13 +56,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """One process takes all tests of a file, and of the files that look at the finished run."""
+    """One process takes all tests of a file, and of the files that share a run, a server or a process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Groups(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "loops" if file.endswith(LOOPS) else file
+            groups = {"loops": LOOPS, "served": SERVED, "stages": STAGES}
+            return next((name for name, files in groups.items() if file.endswith(files)), file)
 
     return Groups(config, log)
 
@@ -61,61 +81,6 @@ def private_cache(tmp_path_factory):
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
 
 
-class RecordWork:
-    """Work of a worker process (workers/worker.py) that does a record a step: subclasses are called with its task."""
-
-    waiting = ()
-
-    def begin(self, key, task):
-        self.waiting = *self.waiting, (key, task)
-
-    def step(self):
-        return [self.waiting[0][0]]
-
-    def result(self, key):
-        (_, task), *self.waiting = self.waiting
-        return self(task)
-
-
-class LengthJudge(RecordWork):
-    """Stands in for a judge, also in worker processes: prefers the longer response with probability 3/4."""
-
-    needs_engine, has_labels, settings = True, True, ()
-
-    def __init__(self, config):
-        pass
-
-    @staticmethod
-    def check(config):
-        pass
-
-    @staticmethod
-    def report(paths):
-        pass
-
-    def __call__(self, task):
-        from workers.journal import Skipped
-
-        _, record = task
-        if record["prompt"] == "skip":
-            return Skipped(record["prompt_id"], "too long")
-        return record | self.compare([sample["text"] for sample in record["samples"]])
-
-    @staticmethod
-    def compare(texts):
-        from judges.base import win_matrix
-
-        return win_matrix(
-            texts,
-            {
-                (first, second): (0.75 if len(first) > len(second) else 0.25, 1.0)
-                for first in texts
-                for second in texts
-                if first != second
-            },
-        )
-
-
 @pytest.fixture
 def jsonl(tmp_path):
     """A function that writes records to a JSONL file of the test's own folder and returns its path."""
@@ -127,6 +92,18 @@ def jsonl(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """comal.sh with a script in the place of its stages; what is left of it is ended and removed."""
+    (tmp_path / "a folder").mkdir()  # paths with a space
+    loop = Loop(tmp_path / "a folder", f"test-{uuid.uuid4().hex[:8]}")
+    yield loop
+    for pid in processes(loop.name):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(loop.exps, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -158,10 +135,10 @@ def demo_models(tmp_path_factory, worker_id):
             env=os.environ
             | {
                 "PYTHON": sys.executable,
-                "POLICY_EPOCHS": "5",
+                "POLICY_EPOCHS": "3",
                 "JUDGE_SHORT_EPOCHS": "1",
                 "JUDGE_EPOCHS": "1",
-                "JUDGE_PHRASINGS": "40",
+                "JUDGE_PHRASINGS": "24",
                 "PROMPTS_PER_ITERATION": "32",
             },
         )
@@ -194,4 +171,6 @@ def tokenizer(request, tokenizers):
 
 
 from helpers.finished import finished_fixture  # noqa: E402, F401
+from helpers.loop import Loop, processes  # noqa: E402
+from helpers.served import served_fixture  # noqa: E402, F401
 from helpers.training import setting_fixture, train_fixture  # noqa: E402, F401

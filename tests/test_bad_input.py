@@ -9,29 +9,15 @@ the file or the flag, the place, the field, what was found.
 import gzip
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 
 import pytest
 from helpers.damage import half_the_weights, narrower, one_tensor, only_bin, remove, replace
-from helpers.examples import CHAT, DATA, END, PAIR, PROMPT, SAMPLES, SCORES, TEXTS, but, content, message, sample
-from helpers.stages import STAGES, context_fixture, places_fixture, stage_fixture  # noqa: F401
-from helpers.training import read
+from helpers.examples import CHAT, DATA, PAIR, PROMPT, SAMPLES, SCORES, TEXTS, but, content, message, sample
+from helpers.stages import STAGES, check_refused, context_fixture, places_fixture, stage_fixture  # noqa: F401
 
 from utils import fingerprint
-
-
-def check_refused(stage, done, name, code, expected):
-    """The exit code, and that the last thing printed is one short message with each of the `expected` words, which
-    " | " separates: as a whole word, so that `prompt` is not found in `prompt_id`, nor `1` in `1.5`."""
-    printed, script = done.stderr, STAGES[name][0]
-    _, found, said = printed.rpartition(f"\n{script}: error: ")
-    assert "Traceback" not in printed and found and done.code == code, printed
-    assert len(said) < 600 and said.count("\n") <= 2, said
-    for words in stage.fill(expected).split(" | "):
-        assert re.search(rf"(?<![\w.-]){re.escape(words)}(?!\w|[.,/-]\w)", said), (words, said)
-
 
 # ---------------------------------------------------------------------------------------------- the table
 
@@ -259,6 +245,7 @@ ROWS = [
     row("make_pairs", "two-inputs", "--input has 2 | --output has 1", input="{tmp}/in.jsonl,{tmp}/in.jsonl"),
     row("make_pairs", "output-is-input", "--output {tmp}/in.jsonl | also an input", output="{tmp}/in.jsonl"),
     row("sampling", "k-0", "--num_samples | at least 1 | 0", num_samples=0),
+    row("sampling", "k-text", "--num_samples takes numbers (int) | 'many'", num_samples="many"),
     row("sampling", "k-too-large", "--num_samples | at most 4096 | 4097", num_samples=4097),
     row("sampling", "temperature", "--temperature | at least 0 | -1", temperature=-1),
     row("sampling", "nan-temperature", "--temperature | numbers | 'nan'", temperature="nan"),
@@ -323,128 +310,3 @@ def test_no_permission(public, locked, mode, expected):
     (public.folder / locked).chmod(mode)
     check_refused(public, public.run("make_pairs", uid=public.uid), "make_pairs", 1, expected)
     assert public.files() == {"in.jsonl"}
-
-
-# ---------------------------------------------------------------------------------------------- what is accepted
-
-LINE_ENDS = "a\u2028b\u2029c\u0085d"
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        pytest.param([b"\xef\xbb\xbf", SCORES, but(SCORES)], id="byte-order-mark"),
-        pytest.param([content([SCORES, but(SCORES)]).replace(b"\n", b"\r\n")], id="carriage-returns"),
-        pytest.param([b"\n", SCORES, b"\n \r\n\n", but(SCORES)], id="blank-lines"),
-        pytest.param([SCORES, content([but(SCORES)]).rstrip()], id="no-last-line-break"),
-    ],
-)
-def test_make_pairs_overlooks_what_editors_leave(stage, lines):
-    done = stage.run("make_pairs", *lines)
-    assert done.code == 0, done.stderr
-    assert read(stage.folder / "out.jsonl") == [PAIR, but(PAIR)]
-
-
-@pytest.mark.parametrize("prompt", [LINE_ENDS, "\U0001f600", "<|im_end|>\n<|im_start|>assistant", "\x00\x1f", " x "])
-@pytest.mark.parametrize("escaped", [True, False])
-def test_make_pairs_keeps_every_prompt(stage, prompt, escaped):
-    done = stage.run("make_pairs", json.dumps(SCORES | {"prompt": prompt}, ensure_ascii=escaped).encode() + b"\n")
-    assert done.code == 0, done.stderr
-    lines = (stage.folder / "out.jsonl").read_bytes().decode().split("\n")
-    assert [json.loads(line) for line in lines[:-1]] == [PAIR | {"prompt": [message("user", prompt)]}]
-
-
-def test_make_prompts_keeps_line_ends_inside_prompts(stage):
-    texts = {LINE_ENDS, "x", "y"}
-    lines = (json.dumps({"prompt": text}).encode() + b"\r\n\r\n" for text in texts)
-    done = stage.run("make_prompts", b"\xef\xbb\xbf", *lines)
-    assert done.code == 0, done.stderr
-    lines = b"".join((stage.folder / f"prompts/{name}.jsonl").read_bytes() for name in ("train", "test")).decode()
-    assert {json.loads(line)["prompt"] for line in lines.split("\n")[:-1]} == texts
-
-
-def test_make_prompts_reads_parquet(stage):
-    import datasets
-
-    datasets.Dataset.from_list([{"prompt": "x"}, {"prompt": "y"}]).to_parquet(stage.folder / "in.parquet")
-    done = stage.run("make_prompts", local_file="{tmp}/in.parquet")
-    assert done.code == 0, done.stderr
-
-
-def test_special_spellings_in_pairs_stay_text(stage, setting):
-    spelling = "<|im_end|>\n<|im_start|>user\nsea<|endoftext|>"
-    pair = {
-        "prompt": [message("user", spelling)],
-        "chosen": [message("assistant", spelling)],
-        "rejected": [message("assistant", "x\u2028y")],
-    }
-    done = stage.run("get_logprobs", b"\xef\xbb\xbf", pair)
-    assert done.code == 0, done.stderr
-    (record,) = [json.loads(line) for line in (stage.folder / "out.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert {name: record[name] for name in pair} == pair
-    special = range(3)  # <|endoftext|>, <|im_start|>, <|im_end|>
-    assert [token for token in record["prompt_token_ids"] if token in special] == [1, END, 1]  # the template's own
-    assert [token for token in record["chosen_token_ids"] if token in special] == [END]
-    assert setting.tokenizer.decode(record["chosen_token_ids"][:-1]) == spelling
-    assert record["last_chosen_logp"] == record["ref_chosen_logp"] < 0
-
-
-def test_numbers_as_ids_become_text(stage):  # written as a number, which training refuses
-    done = stage.run("get_logprobs", PAIR | {"prompt_id": 7})
-    assert done.code == 0, done.stderr
-    assert [record["prompt_id"] for record in read(stage.folder / "out.jsonl")] == ["7"]
-
-
-def test_settings_of_nothing_do_not_matter(stage):  # a wrong flag that was refused late forbids the right one
-    (stage.folder / "out.jsonl.last.partial").write_text('{"made_with": {"model": "another"}}\n')
-    done = stage.run("get_logprobs", PAIR)
-    assert done.code == 0, done.stderr
-
-
-def test_log_probabilities_of_some_pairs_do_not_matter(stage):  # KeyError
-    done = stage.run("get_logprobs", PAIR | {"last_chosen_logp": -1.0}, but(PAIR), micro_batch_tokens=999)
-    assert done.code == 0, done.stderr
-    first, second = read(stage.folder / "out.jsonl")
-    assert first["last_chosen_logp"] == second["last_chosen_logp"] != -1
-
-
-@pytest.mark.slow
-@pytest.mark.cpu_engine
-def test_long_prompts_are_skipped_and_special_spellings_stay_text(stage, setting):
-    """One start of the engine: a file with one prompt of 100,000 tokens among others, and a file with nothing else."""
-    spelling = "<|im_end|>\n<|im_start|>assistant\nsea<|im_end|>"
-    (stage.folder / "long.jsonl").write_bytes(content([{"prompt_id": "long", "prompt": "!?" * 50_000}]))
-    done = stage.run(
-        "sampling",
-        PROMPT,
-        {"prompt_id": "long", "prompt": "!?" * 50_000},
-        but(PROMPT, prompt=spelling),
-        input="{tmp}/in.jsonl,{tmp}/long.jsonl",
-        output="{tmp}/out.jsonl,{tmp}/none.jsonl",
-        seconds=120,
-        num_samples=2,
-        max_prompt_tokens=100,
-        max_new_tokens=4,
-    )
-    check_refused(stage, done, "sampling", 1, "{tmp}/none.jsonl | was skipped | {tmp}/none.skipped.jsonl")
-    skipped = {"prompt_id": "long", "skipped": "the prompt has 100011 tokens, --max_prompt_tokens is 100"}
-    assert read(stage.folder / "out.skipped.jsonl") == read(stage.folder / "none.skipped.jsonl") == [skipped]
-    records = read(stage.folder / "out.jsonl")
-    assert [record["prompt_id"] for record in records] == ["a", "b"]
-    for record, prompt in zip(records, ("where?", spelling)):
-        assert (
-            setting.tokenizer.decode(record["prompt_token_ids"])
-            == f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-        )
-        assert sum(token < 3 for token in record["prompt_token_ids"]) == 3 and len(record["samples"]) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.cpu_engine
-def test_compare_takes_responses_without_token_ids(stage):  # KeyError when all is judged
-    """As the docstring of eval.py says; the second and last engine of this file."""
-    (stage.folder / "baseline.jsonl").write_bytes(content([PROMPT | {"samples": [{"text": "city"}]}]))
-    done = stage.run("compare", PROMPT | {"samples": [{"text": "sea"}]}, seconds=120, max_prompt_tokens=1000)
-    assert done.code == 0, done.stderr
-    summary = json.loads((stage.folder / "out.json").read_text())
-    assert (summary["num_prompts"], summary["mean_characters"]) == (1, [3, 4])

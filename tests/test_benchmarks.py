@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +267,9 @@ def test_gpu_measures_under_fsdp(tmp_path):
 
 @pytest.mark.slow
 def test_gpu_starts_engines_and_simulations(tmp_path, monkeypatch):
+    one_process = lambda count, context: ProcessPoolExecutor(1, context)  # each imports torch
+    monkeypatch.setattr(gpu_sections, "ProcessPoolExecutor", one_process)
+    monkeypatch.setitem(gpu_sections.SIZES, "tiny", (*gpu_sections.SIZES["tiny"][:4], [(1, 15)]))
     code, rows = gpu_table(tmp_path, monkeypatch, "vllm,memory")
     assert code == 0 and not [row for row in rows if "failed" in row[2]]
     assert {row[1] for row in rows} >= {"sampling, start", "judging, start", "judging, 3 prompts"}

@@ -167,7 +167,7 @@ def test_comal_interrupted_leaves_no_process(name, demo_models):
     with open(folder / "log", "w+") as log:
         loop = start(log, name, NAME=f"{name}/stopped", DEMO_MODELS=str(demo_models))
         wait_until(lambda: any("spawn_main" in line for line in processes(name).values()), 60)  # sampling's worker
-        time.sleep(2)
+        time.sleep(1)
         assert len(processes(name)) >= 4  # bash, stage.py, the stage, its worker
         loop.send_signal(signal.SIGINT)
         assert loop.wait(30) == 130
@@ -209,52 +209,3 @@ def test_scoring_reads_the_judge_exactly(finished, demo_models):
     assert record["win_probs"][0][1] + record["win_probs"][1][0] == pytest.approx(1)
     assert record["order_gap"] == pytest.approx(abs(probabilities[0] - (1 - probabilities[1])), abs=2 * JUDGE_TOLERANCE)
     assert 0 < record["label_mass"] <= 1 + 1e-6 and math.isfinite(record["label_mass"])
-
-
-def test_scoring_refuses_a_model_that_is_no_judge(demo_models, tmp_path):
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    samples = [{"text": text, "token_ids": [5], "finish_reason": "stop"} for text in ("sea", "city")]
-    source.write_text(
-        "".join(
-            json.dumps({"prompt_id": str(i), "prompt": f"Where? {i}", "prompt_token_ids": [5], "samples": samples})
-            + "\n"
-            for i in range(12)
-        )
-    )
-    done = stage(
-        "scoring.py",
-        "--judge",
-        demo_models / "policy",
-        "--input",
-        source,
-        "--output",
-        target,
-        "--max_prompt_tokens",
-        4000,
-    )
-    assert done.returncode == 1 and not target.exists(), done.stdout
-    assert "of its probability on the two labels, so it does not answer with one of them" in done.stdout, done.stdout
-
-
-@pytest.mark.parametrize(
-    "flags, code, message",
-    [
-        (["--modle", "x"], 2, "unknown argument --modle; did you mean --model?"),
-        (["--model", "no/such/model"], 1, "model no/such/model: no such directory"),
-        (["--input", "missing.jsonl"], 1, "input file missing.jsonl does not exist"),
-        (["--input", "EMPTY"], 1, "is empty"),
-        (["--num_samples", "many"], 1, "--num_samples takes numbers (int), got 'many'"),
-        (["--gpus", "11"], 1, "--gpus names 11"),
-    ],
-)
-def test_sampling_bad_input_says_so_and_writes_nothing(demo_models, tmp_path, flags, code, message):
-    (tmp_path / "empty.jsonl").touch()
-    settings = {
-        "--model": demo_models / "policy",
-        "--input": demo_models / "prompts/test.jsonl",
-        "--output": tmp_path / "out.jsonl",
-    }
-    settings |= dict([[f.replace("EMPTY", str(tmp_path / "empty.jsonl")) for f in flags]])
-    done = stage("sampling.py", *[part for pair in settings.items() for part in pair])
-    assert done.returncode == code and message in done.stdout and "Traceback" not in done.stdout, done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl"]

@@ -4,11 +4,12 @@ python -m pytest tests/test_eval.py
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LengthJudge
+from helpers.work import LengthJudge
 
 import eval
 from analysis.comparisons import join_responses, summarise, wins
@@ -131,8 +132,12 @@ def test_join_responses_refuses(jsonl, records, message):
         list(join_responses(jsonl("ours", response("a", "x")), jsonl("theirs", *records)))
 
 
+few_resamples = partial(length_controlled_win_rate, num_bootstrap=20)  # a thousand take seconds
+
+
 def compare(some_model, tmp_path, monkeypatch, ours, theirs, output, **flags):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
+    monkeypatch.setattr("analysis.comparisons.length_controlled_win_rate", few_resamples)
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "helpers.work:LengthJudge")
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     eval.compare(
         str(ours), str(theirs), str(output), judge=some_model, template=str(tmp_path / "t.txt"), gpus="none", **flags
@@ -176,6 +181,16 @@ def test_compare_judges_only_what_was_not_judged_before(some_model, jsonl, tmp_p
     assert "0.75" in path.read_text() and judged_before(labels="A,B")
 
 
+def test_compare_takes_responses_without_token_ids(some_model, jsonl, tmp_path, monkeypatch):
+    """As the docstring of eval.py says: lengths are then told in characters."""
+    ours, theirs = (
+        jsonl(name, {"prompt_id": "a", "prompt": "where?", "samples": [{"text": name}]}) for name in ("sea", "city")
+    )
+    compare(some_model, tmp_path, monkeypatch, ours, theirs, tmp_path / "vs.jsonl")
+    summary = json.loads((tmp_path / "vs.json").read_text())
+    assert (summary["num_prompts"], summary["mean_characters"]) == (1, [3, 4])
+
+
 def test_compare_refuses_an_output_that_its_summary_would_replace(some_model, jsonl, tmp_path, monkeypatch):
     ours, theirs = jsonl("ours.jsonl", response("a", "x")), jsonl("theirs.jsonl", response("a", "yy"))
     with pytest.raises(StageError, match="vs.json"):
@@ -207,7 +222,7 @@ def test_compare_with_model_outputs(some_model, jsonl, tmp_path, monkeypatch, ca
     assert summary["win_rate"] == 4.5 / 8 and summary["mean_tokens"][1] is None
     gamma = read_difficulty(difficulty, [f"alpaca_eval-{n}" for n in range(8)])[0] if with_difficulty else None
     probs = [0.25] * 3 + [0.5] + [0.75] * 4  # the judge prefers the longer one
-    expected = length_controlled_win_rate(probs, range(1, 9), [4] * 8, gamma)
+    expected = few_resamples(probs, range(1, 9), [4] * 8, gamma)
     assert [record["win_probs"][0][1] for record in found] == probs
     assert {name: summary[name] for name in expected} == expected
     kind = "with the difficulties of the instructions (length_controlled_noreg)"
@@ -267,7 +282,7 @@ def test_play_by_hand():
 
 
 def test_matrix_judges_only_what_is_missing(some_model, jsonl, tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "helpers.work:LengthJudge")
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     files = [
         str(jsonl(f"{name}.jsonl", *(response(p, p * length, prompt) for p, prompt in (("p", "x"), ("q", prompt)))))

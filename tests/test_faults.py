@@ -13,9 +13,9 @@ from helpers.finished import copy_run
 
 pytestmark = pytest.mark.slow
 
-# What the killed loop does again; the other iteration and the last policy's answers are there, to save time.
+# What the killed loop does again; the other iteration and the evaluation of the last policy are there, to save time.
 AGAIN = ("run.json", "start", "iter1/*.jsonl", "iter1/data", "iter1/ckpt", "iter1/next.json", "round1")
-AGAIN += ("iter2/eval/vs_*", "matrix", "report", "game.json")
+AGAIN += ("report", "game.json")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs vLLM's arithmetic depends on the batch")
@@ -26,6 +26,6 @@ def test_comal_killed_at_random_moments_gives_the_same_files(finished):
     for path in (path for pattern in AGAIN for path in killed.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     settings = finished.settings | {"NAME": f"{finished.name}/killed"}
-    kills = list(faults.disturb(parent / "log", finished.name, 5, random.Random(0), 12, **settings))
-    assert len(kills) >= 3 and [kill["left"] for kill in kills] == [[]] * len(kills)
+    kills = list(faults.disturb(parent / "log", finished.name, 3, random.Random(0), 12, **settings))
+    assert len(kills) >= 2 and [kill["left"] for kill in kills] == [[]] * len(kills)
     assert faults.differing(finished.folder, killed) == []

@@ -37,6 +37,8 @@ INPO = dict(
     max_grad_norm=1.0,
 )
 
+FINISHED = {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
+
 pytestmark = pytest.mark.slow
 
 
@@ -230,13 +232,7 @@ def test_fsdp_gathers_a_checkpoint_that_transformers_loads(runs, setting):
         model = load(output / "model")
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
-        assert {path.name for path in output.iterdir()} == {
-            "model",
-            "DONE",
-            "metrics.jsonl",
-            "training.json",
-            "tensorboard",
-        }
+        assert {path.name for path in output.iterdir()} == FINISHED
 
 
 def test_fsdp_trains_models_with_a_head_of_their_own_and_from_random_weights(runs, setting, tmp_path):
@@ -302,20 +298,13 @@ def test_fsdp_goes_on_bit_for_bit_where_it_was_stopped(runs, outputs, select):
     assert stopped.report["exit_codes"] == [1, 1] and resumed.report["exit_codes"] == [0, 0]
     assert runs.printed.count("has a resume point after update 3; the same command goes on there") == 4
     assert runs.printed.count("resuming after step 3 of 4") == 2
-    assert (
-        runs.printed.count("4 shards") == 4
-    )  # of weights and of optimiser, one a process; seen by two processes, twice
+    # Of weights and of optimiser, one a process; seen by two processes, twice.
+    assert runs.printed.count("4 shards") == 4
     for name in ("step", "loss", "grad_norm", "kl_last", "validation_loss"):
         assert column(stopped.output, name) == column(whole.output, name), name
     first, second = ((run.output / "model/model.safetensors").read_bytes() for run in (stopped, whole))
     assert first == second
-    assert {path.name for path in stopped.output.iterdir()} == {
-        "model",
-        "DONE",
-        "metrics.jsonl",
-        "training.json",
-        "tensorboard",
-    }
+    assert {path.name for path in stopped.output.iterdir()} == FINISHED
 
 
 def test_fsdp_refuses_in_all_processes_what_one_of_them_has_seen(runs):

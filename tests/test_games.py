@@ -8,6 +8,7 @@ hand, by linear programming, by a root of the regularised game's fixed-point equ
 """
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -115,13 +116,13 @@ def play(method, name, iterations):
     return gaps, last
 
 
-@pytest.mark.parametrize("name", GAMES)
-def test_comal_reaches_the_nash_policy(name, capsys):
-    gaps, last = play("comal", name, 300)
+@pytest.mark.parametrize("name, iterations", [("paper", 96), ("dominated", 96), ("condorcet", 204), ("random", 300)])
+def test_comal_reaches_the_nash_policy(name, iterations, capsys):
+    gaps, last = play("comal", name, iterations)
     with capsys.disabled():
         print(
             f" [{name}: gap {gaps[0]:.2f} at the start, {gaps[12]:.1e} after 12, {gaps[48]:.1e} after 48, "
-            f"{gaps[-1]:.1e} after 300] ",
+            f"{gaps[-1]:.1e} after {iterations}] ",
             end="",
         )
     assert gaps[-1] < 1e-10
@@ -186,8 +187,9 @@ K = 5
 
 def rule_pairs(rule, game):
     """(responses of K samples (S, K), chosen (S,), rejected (S,), share (S,)) for all sequences of K samples and what
-    the rule of data_processing.py makes of each; of `random` every pair that it may draw, ties included."""
-    rows = []
+    the rule of data_processing.py makes of each; of `random` every pair that it may draw, ties included. Sequences of
+    the same responses are as probable as each other, so those of one pair are one row."""
+    shares = Counter()
     for sequence in itertools.product(range(len(game)), repeat=K):
         record = {
             "samples": [{"text": str(answer)} for answer in sequence],
@@ -202,13 +204,15 @@ def rule_pairs(rule, game):
             ]
         else:
             pairs = [PAIR_RULES[rule](record, [True] * K, None) or (0, 0)]
-        rows += [(sequence, sequence[i], sequence[j], 1 / len(pairs)) for i, j in pairs if sequence[i] != sequence[j]]
-    return [torch.tensor(column) for column in zip(*rows)]
+        for i, j in pairs:
+            if sequence[i] != sequence[j]:
+                shares[tuple(sorted(sequence)), sequence[i], sequence[j]] += 1 / len(pairs)
+    return [torch.tensor(column) for column in zip(*((*row, share) for row, share in shares.items()))]
 
 
 def rule_limit(rule, soft, game, rounds=150):
     """The policy that COMAL with a pair rule ends at: eta 1, the reference moves every 12 iterations, until it stays
-    within 1e-5; exact expectations."""
+    within 1e-4; exact expectations."""
     sequences, chosen, rejected, share = rule_pairs(rule, game)
     win_prob = torch.tensor(game)[chosen, rejected] if soft else None
     last = reference = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64).log()
@@ -234,7 +238,7 @@ def rule_limit(rule, soft, game, rounds=150):
         )
         if (iteration + 1) % 12 == 0:
             moved, reference = (last.exp() - reference.exp()).abs().max(), last
-            if moved < 1e-5:
+            if moved < 1e-4:
                 break
     return last.exp().numpy()
 

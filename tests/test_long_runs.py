@@ -3,33 +3,20 @@
 python -m pytest tests/test_long_runs.py
 """
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import uuid
 
 import pytest
-from helpers.loop import ROOT, STAGE, Loop, default_signals, environment, processes, wait_until
+from helpers.loop import ROOT, STAGE, default_signals, environment, processes, wait_until
 from helpers.training import environment as on_cpu
 from helpers.training import run_here, words
 
 import inpo
 from training.trainer import TrainingConfig
-
-
-@pytest.fixture
-def loop(tmp_path):
-    loop = Loop(tmp_path, f"test-{uuid.uuid4().hex[:8]}")
-    yield loop
-    for pid in processes(loop.name):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(loop.exps, ignore_errors=True)
-
 
 # A launcher that leaves signals alone, and a process in a session of its own, as torch's launcher starts them, which
 # takes longer to end than the time after which a stage is killed that does not end on SIGTERM.

@@ -5,13 +5,12 @@ python -m pytest tests/test_matrix.py
 
 import itertools
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LengthJudge, RecordWork
+from helpers.work import TinySampler
 
 import eval
 from analysis import matrix
@@ -20,34 +19,11 @@ from judges import base as judges
 from utils import StageError
 
 
-class CountingJudge(LengthJudge):
-    """Notes the texts of each pair that it judges, as one line of the file JUDGED."""
-
-    def compare(self, texts):
-        with open(os.environ["JUDGED"], "a", encoding="utf-8") as file:
-            file.write(json.dumps(texts) + "\n")
-        return LengthJudge.compare(texts)
-
-
-class TinySampler(RecordWork):
-    """Stands in for a policy: its response is as many letters as its folder's name says."""
-
-    def __init__(self, config, num_samples, temperature, **_):
-        self.length = int(Path(config.model_path).name)
-        with open(os.environ["SAMPLED"], "a", encoding="utf-8") as file:
-            file.write(f"{self.length} {config.tokenizer} {temperature} {config.max_prompt_tokens} {config.seed}\n")
-
-    def __call__(self, task):
-        _, record = task
-        sample = {"text": record["prompt_id"] * self.length, "token_ids": [1] * self.length}
-        return record | {"prompt_token_ids": [1], "samples": [sample]}
-
-
 @pytest.fixture
 def play_all(some_model, tmp_path, monkeypatch):
     """A function that runs `eval.py matrix` with the stand-ins; it returns the matrix, the pairs of texts that were
     judged, and what each model was started with."""
-    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "test_matrix:CountingJudge")
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "helpers.work:CountingJudge")
     monkeypatch.setattr(eval, "Sampler", TinySampler)
     (tmp_path / "t.txt").write_text("{input} {output_1} {output_2}")
     logs = {name: tmp_path / f"{name}.log" for name in ("JUDGED", "SAMPLED")}

@@ -336,7 +336,7 @@ def check(kind, data, place):
 
 
 @pytest.mark.parametrize("kind", VALID)
-@settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(random=st.randoms(use_true_random=False))
 def test_damaged_files(place, kind, random):
     data = damage(random, write(VALID[kind]))

@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 from helpers.hub import COMMIT, ON_HUB, fill_cache
-from helpers.loop import ROOT, environment
+from helpers.loop import ROOT, STAGE, environment
 from helpers.training import save_model
 
 from launch import prepare
@@ -98,16 +98,14 @@ def test_local_models_and_prompts_are_checked_and_measured(comal, models):
     assert not list(comal.exp.glob("iter*")) and not (comal.exp / "run.json").exists()
 
 
-def test_what_the_hub_has_is_found_in_its_cache(comal, on_hub):
-    settings = on_hub | {"FIRST_ITERATION": "1"}
-    output, code = comal("--prepare", **settings)
-    assert code == 0, output
-    found = listed(output)
+def test_what_the_hub_has_is_found_in_its_cache(comal, prepare_here, on_hub, capsys):
+    prepare_here()
+    found = listed(capsys.readouterr().out)
     kinds = {**dict.fromkeys(("MODEL", "REFERENCE"), "model"), "TOKENIZER": "tokenizer", "JUDGE": "judge"}
     assert list(found)[:4] == [(kinds[name], ON_HUB[name]) for name in kinds]
     folder = f"{on_hub['HF_HUB_CACHE']}/models--our--policy-round5/snapshots/{COMMIT}/model: "
     assert found["model", "our/policy-round5"].startswith(folder)
-    plan = comal("--plan", **settings)[0]
+    plan = comal("--plan", **on_hub | {"FIRST_ITERATION": "1"})[0]
     assert "# disk: checkpoints 1 x" in plan, plan  # its weights were found for the estimate too
 
 
@@ -151,10 +149,17 @@ def test_a_server_has_nothing_to_fetch(prepare_here, capsys):
     assert listed(capsys.readouterr().out)["judge", "some-model"] == "runs elsewhere, nothing to fetch"
 
 
-def test_gpus_of_the_run_need_not_be_here(comal, models):
-    """On a login node: the full recipe, with prompts that are there."""
-    prompts = models / "prompts"
+def test_gpus_of_the_run_need_not_be_here(comal, models, tmp_path):
+    """On a login node: the full recipe, with prompts that are there. A script stands in for launch/prepare.py, which
+    gets no GPUs."""
+    python, prompts = tmp_path / "python", models / "prompts"
+    python.write_text(STAGE.replace("script=$1\n", 'script=$1\necho "$*"\n'))
+    python.chmod(0o755)
     settings = {"RECIPE": "full", "GPUS": "0,1,2,3", "TENSOR_PARALLEL_SIZE": "2", "TOKENIZER": ""}
-    settings |= {"MODEL": str(models / "policy"), "JUDGE": str(models / "judge")}
+    settings |= {"PYTHON": str(python), "MODEL": str(models / "policy"), "JUDGE": str(models / "judge")}
     output, code = comal("--prepare", **settings, PROMPTS_DIR=str(prompts), EVAL_PROMPTS=str(prompts / "eval.jsonl"))
     assert code == 0 and "everything that the run needs is here" in output, output
+    started = re.search(
+        rf"^-m launch.prepare fetch --models {models}/policy,.* --judge {models}/judge .*", output, re.M
+    )
+    assert started and "--gpus" not in started[0], output

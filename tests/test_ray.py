@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RecordWork
+from conftest import ROOT
+from helpers import work
+from helpers.work import RecordWork
 
 from workers.ray_executor import RayExecutor
 from workers.scheduler import map_chunks
@@ -190,10 +192,9 @@ class CountingExecutor(RayExecutor):
 
 
 def test_the_record_that_ends_its_actor_is_found_and_no_other(cluster, monkeypatch, caplog):
-    import conftest
     import ray
 
-    for module in (sys.modules[__name__], conftest):
+    for module in (sys.modules[__name__], work):
         ray.cloudpickle.register_pickle_by_value(module)
     given_up, found = {}, {}
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)

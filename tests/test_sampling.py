@@ -8,7 +8,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, RecordWork
+from helpers.loop import ROOT
+from helpers.work import RecordWork
 
 import data_utils
 import sampling

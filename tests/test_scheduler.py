@@ -4,18 +4,30 @@ python -m pytest tests/test_scheduler.py
 """
 
 import logging
-import os
 import pickle
 import re
-import signal
-import subprocess
 import time
 from functools import partial
 from itertools import count
 
 import pytest
-from conftest import RecordWork
-from worker_fixtures import alive, no_child_left, note, notes  # noqa: F401
+from helpers.children import no_child_left  # noqa: F401
+from helpers.work import (
+    FunctionWork,
+    alive,
+    dies_at_start,
+    doubled,
+    environment,
+    fails,
+    fails_at_start,
+    first_is_slow,
+    has_a_child,
+    kills,
+    notes,
+    slowly,
+    start,
+    unpicklable,
+)
 
 from utils import StageError
 from workers import scheduler
@@ -26,103 +38,8 @@ from workers.worker import Worker, is_crash, run_here
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-# The functions of the worker processes: `work(folder, task)`, where the folder takes notes of what happened.
-
-
-class FunctionWork(RecordWork):
-    """Calls the function with each task, in a step, in `begin` or in `result`."""
-
-    def __init__(self, function, folder, where="result"):
-        self.function, self.folder, self.where = function, folder, where
-
-    def begin(self, key, task):
-        if self.where == "begin":
-            self.function(self.folder, task)
-        super().begin(key, task)
-
-    def step(self):
-        if self.where == "step":
-            self.function(self.folder, self.waiting[0][1])
-        return super().step()
-
-    def __call__(self, task):
-        return self.function(self.folder, task) if self.where == "result" else 2 * task
-
-
-def start(function, folder, where="result"):
-    (folder / f"pid-{os.getpid()}").touch()
-    return FunctionWork(function, folder, where)
-
-
 def starts(folder):
     return len(list(folder.glob("pid-*")))
-
-
-def doubled(folder, task):
-    return 2 * task
-
-
-def slowly(folder, task):
-    time.sleep(0.1)
-    return 2 * task
-
-
-def environment(folder, task):
-    return [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]
-
-
-def first_is_slow(folder, task):
-    """Task 0 ends only after task 5 has ended, which so has to run elsewhere."""
-    deadline = time.monotonic() + 60
-    while task == 0 and not (folder / "done-5").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    (folder / f"done-{task}").touch()
-    return task
-
-
-def fails(how, times, folder, task):
-    """Ends in one way or another at task 5, so many times; the tasks that it has begun with are noted."""
-    if task == 5 and len(notes(folder)) < times:
-        note(folder, task)
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if how == "stall":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if how == "exit":
-            os._exit(7)
-        kinds = {"ValueError": ValueError, "StageError": StageError, "MemoryError": MemoryError, "CUDA": RuntimeError}
-        raise kinds[how]("CUDA error: task five is bad" if how == "CUDA" else "task five is bad")
-    return 2 * task
-
-
-def kills(bad, folder, task):
-    """Notes each task; one of the bad ones ends the process."""
-    note(folder, task)
-    if task in bad:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 2 * task
-
-
-def dies_at_start(folder):
-    note(folder, "start")
-    os._exit(7)
-
-
-def fails_at_start(folder):
-    raise StageError("the model does not exist")
-
-
-def unpicklable(folder, task):
-    return (lambda: task) if task == 5 else 2 * task
-
-
-def has_a_child(folder, task):
-    """Starts a process, as an engine does, and is killed."""
-    if not notes(folder):
-        note(folder, subprocess.Popen(["sleep", "600"]).pid)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 2 * task
 
 
 def refuse(task, reason):

@@ -30,7 +30,7 @@ def template(tmp_path):
 
 
 def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path, template, monkeypatch):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "helpers.work:LengthJudge")
     train = [
         samples("a", "yes", "no", "yes"),
         samples("b", "no", "no", "no"),
@@ -63,7 +63,7 @@ def test_main_adds_win_probabilities_to_the_samples(some_model, jsonl, tmp_path,
 
 
 def test_main_compares_policies_with_the_same_start_of_the_judge(some_model, jsonl, tmp_path, template, monkeypatch):
-    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "conftest:LengthJudge")
+    monkeypatch.setitem(judges.JUDGE_TYPES, "generative", "helpers.work:LengthJudge")
     files = {
         name: str(jsonl(f"{name}.jsonl", samples("a", text), samples("b", "x")))
         for name, text in (("new", "yes"), ("start", "no"))

@@ -8,121 +8,26 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.setup import (  # noqa: F401
+    FAKE_PYTHON,
+    OLD_DRIVER,
+    assert_made,
+    assert_refused,
+    df_with_free_gb,
+    project_fixture,
+    write_program,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Plays both the Python that .venv is made with and the one inside. FAKE_PIP and FAKE_VENV are shell
-# commands that decide how those two steps end; every call is noted in FAKE_CALLS.
-FAKE_PYTHON = """\
-#!/bin/sh
-echo "$*" >> "$FAKE_CALLS"
-case "$*" in
-    *version_info*) echo "${FAKE_VERSION:-3.11}" ;;
-    "-m venv .venv") eval "${FAKE_VENV:-:}" && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-    "-m pip "*) eval "${FAKE_PIP:-:}" ;;
-    *torch.cuda.init*) eval "${FAKE_TORCH:-:}" ;;
-    *find_spec*) echo "$FAKE_MISSING" ;;
-esac
-"""
-# An H200 with an old driver.
-OLD_DRIVER = """#!/bin/sh
-case "$*" in
-    -L) echo 'GPU 0: NVIDIA H200 (UUID: GPU-0)' ;;
-    *driver_version*) echo 550.54.15 ;;
-esac
-"""
 NO_NETWORK = (
     "echo 'WARNING: Retrying (Retry(total=0)) after connection broken';"
     "echo 'ERROR: No matching distribution found for torch==2.13.0'; exit 1"
 )
-
-
-def write_program(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-def df_with_free_gb(gigabytes):
-    # Names with spaces on both sides of the numbers, as a network share can have.
-    return f"""#!/bin/sh
-echo 'Filesystem 1024-blocks Used Available Capacity Mounted on'
-echo '//host/a share 2000000000 1000000000 {gigabytes * 1024 * 1024} 50% /mnt/a share'
-"""
-
-
-class Project:
-    """A copy of setup.sh and the requirement files in a folder of its own, whose name has a space."""
-
-    def __init__(self, tmp_path):
-        self.dir = tmp_path / "a project"
-        self.bin = tmp_path / "bin"
-        self.calls_path = tmp_path / "calls"
-        self.dir.mkdir()
-        (self.dir / "launch").mkdir()
-        for name in ("launch/setup.sh", "requirements.txt", "requirements-cpu.txt"):
-            shutil.copy(ROOT / name, self.dir / name)
-        write_program(self.bin / "python3", FAKE_PYTHON)
-        # No GPU and enough disk, wherever the tests run.
-        write_program(self.bin / "nvidia-smi", "#!/bin/sh\nexit 9\n")
-        write_program(self.bin / "df", df_with_free_gb(100))
-        self.python = self.dir / ".venv/bin/python"
-        self.stamp = self.dir / ".venv/setup.stamp"
-
-    def env(self, **settings):
-        ours = (
-            "PYTHON",
-            "PYTHON_BASE",
-            "SETUP_FOR",
-            "GPUS",
-            "CUDA_VISIBLE_DEVICES",
-            "VIRTUAL_ENV",
-            "CONDA_PREFIX",
-            "PYTHONPATH",
-        )
-        env = {name: value for name, value in os.environ.items() if name not in ours}
-        env["PATH"] = f"{self.bin}:{env['PATH']}"
-        env["FAKE_CALLS"] = str(self.calls_path)
-        return env | {name: str(value) for name, value in settings.items()}
-
-    def setup(self, **settings):
-        return subprocess.run(
-            ["bash", str(self.dir / "launch/setup.sh")],
-            env=self.env(**settings),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def calls(self, pattern=""):
-        lines = self.calls_path.read_text().splitlines() if self.calls_path.exists() else []
-        return [line for line in lines if pattern in line]
-
-
-@pytest.fixture
-def project(tmp_path):
-    return Project(tmp_path)
-
-
-def assert_made(project, result):
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{project.python}\n"
-    assert project.stamp.exists()
-
-
-def assert_refused(project, result, *words):
-    """Failed with all of these words on stderr, no path on stdout, and no stamp."""
-    assert result.returncode != 0
-    assert result.stdout == ""
-    assert not project.stamp.exists()
-    for word in words:
-        assert word in result.stderr, result.stderr
 
 
 # ---- The pins ----
@@ -343,92 +248,3 @@ def test_setup_checks_that_torch_sees_the_gpus(project):
         assert_made(project, project.setup(FAKE_TORCH=blind, **settings))
     assert_made(project, project.setup())
     assert_made(project, project.setup(FAKE_TORCH=blind, SETUP_FOR="cpu"))
-
-
-# ---- An environment of the user's own ----
-
-
-@pytest.fixture
-def own_environment(project, tmp_path):
-    """(folder, settings) of an environment with a real Python that finds all packages: empty files do."""
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    for name in ("torch", "transformers", "vllm", "accelerate", "datasets", "msgspec"):
-        (packages / f"{name}.py").write_text("raise ImportError('looked for, never imported')")
-    folder = tmp_path / "own environment"
-    # -S leaves out site-packages, so that only the files above count.
-    write_program(folder / "bin/python", f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
-    return folder, {"PYTHONPATH": packages}
-
-
-def assert_used(project, result, python):
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{python}\n"
-    assert "nothing is installed" in result.stderr
-    assert project.calls("-m ") == []
-
-
-def test_setup_uses_the_python_given(project, own_environment):
-    folder, settings = own_environment
-    python = folder / "bin/python"
-    assert_used(project, project.setup(PYTHON=python, **settings), python)
-    # A path relative to where the caller stands is resolved there.
-    relative = os.path.relpath(python)
-    assert_used(project, project.setup(PYTHON=relative, **settings), Path.cwd() / relative)
-    assert not (project.dir / ".venv").exists()
-
-
-@pytest.mark.parametrize("package", ["torch", "vllm", "accelerate"])
-def test_setup_refuses_the_python_given_when_it_lacks_a_package(project, own_environment, package):
-    folder, settings = own_environment
-    (settings["PYTHONPATH"] / f"{package}.py").unlink()
-    assert_refused(project, project.setup(PYTHON=folder / "bin/python", **settings), f"lacks: {package}\n")
-    assert not (project.dir / ".venv").exists()
-
-
-def test_setup_refuses_a_python_given_that_is_not_there(project):
-    assert_refused(project, project.setup(PYTHON="/nowhere/python"), "PYTHON=/nowhere/python", "unset PYTHON")
-
-
-TORCH = """
-__version__ = "2.13.0"
-class version: cuda = {cuda!r}
-class cuda:
-    def init(): {init}
-"""
-
-
-@pytest.mark.parametrize(
-    "cuda, init, words",
-    [
-        ("13.0", "raise RuntimeError('The driver is too old\\nmore')", ["sees none: The driver is too old\n", "580"]),
-        (None, "pass", ["torch 2.13.0 is a build for the CPU", "Install a build for CUDA"]),
-        ("13.0", "pass", []),
-    ],
-)
-def test_setup_checks_that_the_python_given_sees_the_gpus(project, own_environment, cuda, init, words):
-    folder, settings = own_environment
-    write_program(project.bin / "nvidia-smi", OLD_DRIVER)
-    (settings["PYTHONPATH"] / "torch.py").write_text(TORCH.format(cuda=cuda, init=init))
-    result = project.setup(PYTHON=folder / "bin/python", **settings)
-    if not words:
-        return assert_used(project, result, folder / "bin/python")
-    assert_refused(project, result, "driver 550.54.15", "The Python named by PYTHON", *words)
-
-
-@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
-def test_setup_uses_an_active_environment_that_has_vllm(project, own_environment, variable):
-    folder, settings = own_environment
-    settings[variable] = folder
-    assert_used(project, project.setup(**settings), folder / "bin/python")
-    (settings["PYTHONPATH"] / "vllm.py").unlink()
-    assert_made(project, project.setup(**settings))
-
-
-def test_setup_leaves_a_venv_it_did_not_make(project):
-    write_program(project.python, FAKE_PYTHON)
-    kept = project.dir / ".venv/kept"
-    kept.touch()
-    assert_used(project, project.setup(), project.python)
-    assert_refused(project, project.setup(FAKE_MISSING="vllm"), "lacks: vllm", "delete a .venv of your own")
-    assert kept.exists()

@@ -97,6 +97,12 @@ def settle(mark, seconds=10):
     return left
 
 
+def commands(plan, script):
+    """The flags of every planned run of a script, in order."""
+    lines = [line.split() for line in plan.split("\n") if f" {script} " in line]
+    return [dict(zip(words, words[1:])) for words in lines]
+
+
 class Loop:
     """comal.sh in a folder of its own in exps/, its stages played by STAGE."""
 
@@ -142,6 +148,11 @@ class Loop:
     def run(self, *arguments, **settings):
         process = self.start(*arguments, **settings)
         return process.communicate(timeout=60)[0], process.returncode
+
+    def planned(self, *scripts, **settings):
+        """Of each of the scripts, the flags of every run in the plan."""
+        plan = self.run("--plan", **settings)[0]
+        return [commands(plan, script) for script in scripts]
 
     def sleeping(self, **settings):
         process = self.start(SLEEP="scoring.py", **settings)

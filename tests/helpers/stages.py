@@ -18,6 +18,7 @@ from helpers.training import ROOT, save_model
 
 # Imported once, by the process from which those of the cases are forked.
 PRELOAD = [
+    "helpers.preload",
     "torch",
     "torch.distributed.checkpoint.api",
     "accelerate.utils",
@@ -54,6 +55,17 @@ STAGES = {  # the script, its flags, a valid record
 }
 
 
+def check_refused(stage, done, name, code, expected):
+    """The exit code, and that the last thing printed is one short message with each of the `expected` words, which
+    " | " separates: as a whole word, so that `prompt` is not found in `prompt_id`, nor `1` in `1.5`."""
+    printed, script = done.stderr, STAGES[name][0]
+    _, found, said = printed.rpartition(f"\n{script}: error: ")
+    assert "Traceback" not in printed and found and done.code == code, printed
+    assert len(said) < 600 and said.count("\n") <= 2, said
+    for words in stage.fill(expected).split(" | "):
+        assert re.search(rf"(?<![\w.-]){re.escape(words)}(?!\w|[.,/-]\w)", said), (words, said)
+
+
 def run_script(words, logs, uid):
     """`python SCRIPT --flag=value ...` in this process, a fork; what it prints goes to files in `logs`."""
     os.chdir(ROOT)
@@ -75,6 +87,7 @@ def context_fixture():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # where it finds helpers.preload
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         first = context.Process(target=os.getpid)  # returns when all is imported

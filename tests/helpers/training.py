@@ -46,6 +46,10 @@ def save_model(directory, config_dir, seed, **settings):
     """Random weights, five times the usual scale: log-probabilities are far from uniform, so that an error of position
     or of precision shows."""
     import torch
+
+    from data_utils import import_transformers
+
+    import_transformers()  # in half the time
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(config_dir, initializer_range=0.1, **settings)
@@ -227,10 +231,13 @@ def words(**flags):
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-def launch(launcher_flags, *command):
-    """`accelerate launch` on the CPU, one thread a process; returns the finished process."""
+def launch_several(number, *command):
+    """`accelerate launch` with fsdp_config.yaml in float32, one thread a process, on a port that the system chooses: on
+    the CPU that means DDP over gloo. (`--cpu --num_processes 2` would start a single process.) Returns the finished
+    process."""
+    flags = ["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", str(number)]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launcher_flags, *map(str, command)],
+        [sys.executable, "-m", "accelerate.commands.launch", *flags, *map(str, command)],
         cwd=ROOT,
         env=environment(),
         text=True,
@@ -240,10 +247,3 @@ def launch(launcher_flags, *command):
     )
     assert done.returncode == 0, done.stdout
     return done
-
-
-def launch_several(number, *command):
-    """Processes with fsdp_config.yaml in float32, on a port that the system chooses: on the CPU that means DDP over
-    gloo. (`accelerate launch --cpu --num_processes 2` would start a single process.)"""
-    flags = ["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", str(number)]
-    return launch(flags, *command)
