@@ -73,7 +73,7 @@ def iteration_rows(exp, number):
     for name, stages in ((number, [stage for stage in times if stage not in after]), ("after the last", after)):
         if stages:
             seconds, loaded = (sum(of.get(stage, 0) for stage in stages) for of in (times, loads))
-            yield f"{name} | {seconds} | {loaded} | {', '.join(f'{stage} {times[stage]}' for stage in stages)}"
+            yield f"{name} | {seconds:.0f} | {loaded} | {', '.join(f'{stage} {times[stage]}' for stage in stages)}"
 
 
 def iterations(count: int = 3, engine: str = "local"):
