@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import ROOT, child_environment, make_config, make_model, make_pairs, record, write_chat_tokenizer
+import torch
+from common import ROOT, child_environment, make_config, make_model, make_pairs, record, table, write_chat_tokenizer
 
 from utils import StageError, run
 
@@ -34,37 +34,26 @@ def installed():
     return find_spec("trl") is not None
 
 
-class Clock:
-    """Notes the end of each update, a GPU's work included."""
-
-    def __init__(self):
-        self.ends = []
-
-    def note(self):
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-    def seconds(self):
-        """Of all updates but the first."""
-        return self.ends[-1] - self.ends[0]
+def note(ends):
+    """Add the time at which an update ends, a GPU's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    ends.append(time.perf_counter())
 
 
 # ---------------------------------------------------------------------------------------------- ours
 
 
-def time_ours(shape, pairs, batch, device, folder):
+def time_ours(shape, pairs, batch, folder):
     """Seconds of all updates but the first of `ipo.py`."""
     import ipo
     from training.trainer import Trainer
 
-    clock, update = Clock(), Trainer.update
+    ends, update = [], Trainer.update
 
     def timed(self, step, indices):
         metrics = update(self, step, indices)
-        clock.note()
+        note(ends)
         return metrics
 
     Trainer.update = timed
@@ -86,7 +75,7 @@ def time_ours(shape, pairs, batch, device, folder):
         report_to="none",
         eta=0.1,
     )
-    return clock.seconds()
+    return ends[-1] - ends[0]
 
 
 def data_record(name, prompt, chosen, rejected):
@@ -115,10 +104,10 @@ def time_trl(shape, pairs, batch, device, folder, precision, whole_update, optio
             return SequentialSampler(self.train_dataset)  # in our order
 
     class Callback(TrainerCallback):
-        clock = Clock()
-
         def on_step_end(self, *args, **kwargs):
-            self.clock.note()
+            note(ends)
+
+    ends = []
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a"
@@ -151,59 +140,52 @@ def time_trl(shape, pairs, batch, device, folder, precision, whole_update, optio
         ),
     )
     trainer.train()
-    return Callback.clock.seconds()
+    return ends[-1] - ends[0]
 
 
 # ---------------------------------------------------------------------------------------------- both
 
 
-def measure(shape, precision, updates, batch, device, prompts=""):
+def measure(shape, precision, updates, batch, device):
     """{way: (tokens, seconds)} of all updates but the first; None in place of seconds where a way failed.
 
     Raises StageError where TRL is not installed."""
     if not installed():
         raise StageError("TRL is not installed; see benchmarks/against_trl.py for the command")
-    tokens = sum(len(part) for pair in some_pairs(shape, updates, batch, prompts)[batch:] for part in pair)
+    tokens = sum(len(part) for pair in some_pairs(shape, updates, batch)[batch:] for part in pair)
     possible = [way for way, (whole, _) in WAYS.items() if batch > 1 or not whole]
     ways = ["ours", *(way for way in possible if device == "cuda" or not WAYS[way][1])]
     arguments = {"shape": shape, "precision": precision, "updates": updates, "batch": batch, "device": device}
-    return {way: (tokens, in_a_process(way, arguments | ({"prompts": prompts} if prompts else {}))) for way in ways}
+    return {way: (tokens, in_a_process(way, arguments)) for way in ways}
 
 
-def some_pairs(shape, updates, batch, prompts):
+def some_pairs(shape, updates, batch):
     longest = 24 if shape == "tiny" else 1024
-    vocabulary = make_config(shape).vocab_size
-    return make_pairs(prompts, updates * batch, longest=longest, vocabulary=min(vocabulary, 151_000))
+    return make_pairs("", updates * batch, longest, vocabulary=min(make_config(shape).vocab_size, 151_000))
 
 
 def in_a_process(way, arguments):
     """Seconds, or None where it failed. Ours is launched as comal.sh does."""
-    command = [sys.executable]
+    command, more = [sys.executable], {}
     if way == "ours" and arguments["device"] == "cuda":
         launcher = "-m accelerate.commands.launch --config_file fsdp_config.yaml --num_processes 1 --mixed_precision"
         command += [*launcher.split(), "no" if arguments["precision"] == "float32" else "bf16"]
+    if way == "ours" and arguments["precision"] == "bf16":
+        more = {"ACCELERATE_MIXED_PRECISION": "bf16"}
     command += [str(Path(__file__).resolve()), "--run", way]
     command += [f"--{name}={value}" for name, value in arguments.items()]
-    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if way == "ours" and arguments["precision"] == "bf16" else {}
-    with child_environment(HF_HUB_OFFLINE="1", **precision):
+    with child_environment(HF_HUB_OFFLINE="1", **more):
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     found = [line for line in done.stdout.splitlines() if line.startswith("seconds ")]
     return float(found[0].split()[1]) if found else None
 
 
 def main(
-    prompts: str = "",
-    shape: str = "44M",
-    precision: str = "bf16",
-    updates: int = 5,
-    batch: int = 1,
-    device: str = "cpu",
-    run: str = "",
+    shape: str = "44M", precision: str = "bf16", updates: int = 5, batch: int = 1, device: str = "cpu", run: str = ""
 ):
     """Measure and append to RESULTS.md.
 
     Args:
-        prompts: a file whose prompts' lengths are taken; without it they are drawn as UltraFeedback's are distributed
         precision: bf16 or float32
         updates: of each way; the first is not timed
         batch: pairs an update
@@ -211,34 +193,30 @@ def main(
         run: (the script's own) one way, in this process
     """
     if run:
-        pairs = some_pairs(shape, updates, batch, prompts)
+        pairs = some_pairs(shape, updates, batch)
         with tempfile.TemporaryDirectory() as folder:
             if run == "ours":
-                taken = time_ours(shape, pairs, batch, device, folder)
+                taken = time_ours(shape, pairs, batch, folder)
             else:
                 taken = time_trl(shape, pairs, batch, device, folder, precision, *WAYS[run])
         print("seconds", taken)
         return
-    found = measure(shape, precision, updates, batch, device, prompts)
-    fastest = min((way for way in list(found)[1:] if found[way][1]), key=lambda way: found[way][1])
+    found = measure(shape, precision, updates, batch, device)
     rows = [
-        f"| {way} | {taken:.2f} | {tokens / taken:,.0f} |" if taken else f"| {way} | failed | |"
+        f"{way} | {taken:.2f} | {tokens / taken:,.0f}" if taken else f"{way} | failed |"
         for way, (tokens, taken) in found.items()
     ]
-    tokens, ours = found["ours"]
-    record(
-        f"The trainer against TRL's, Qwen2 {shape}, {precision}",
-        [
-            f"{updates - 1} updates of {batch} pairs: {tokens:,} tokens with each prompt once; TRL {version('trl')}.",
-            "",
-            "| way | seconds | tokens/s |",
-            "|---|---|---|",
-            *rows,
-            "",
-            f"x{found[fastest][1] / ours:.2f} against {fastest}." if ours else "Ours failed.",
-        ],
-        packages=("torch", "transformers", "accelerate"),
-    )
+    tokens, ours = found.pop("ours")
+    fastest, way = min((taken, way) for way, (_, taken) in found.items() if taken)
+    lines = [
+        f"{updates - 1} updates of {batch} pairs: {tokens:,} tokens with each prompt once.",
+        "",
+        *table("way | seconds | tokens/s", *rows),
+        "",
+        f"x{fastest / ours:.2f} against {way}." if ours else "Ours failed.",
+    ]
+    packages = ("torch", "transformers", "accelerate", "trl")
+    record(f"The trainer against TRL's, Qwen2 {shape}, {precision}", lines, packages)
 
 
 if __name__ == "__main__":

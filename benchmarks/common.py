@@ -24,40 +24,45 @@ from utils import StageError  # noqa: E402
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
-# Shapes of Qwen2: hidden, intermediate, layers, heads, key-value heads, vocabulary. "tiny" is for trying a benchmark.
-SHAPES = {
-    "tiny": (64, 128, 2, 2, 1, 1000),
-    "44M": (256, 1024, 4, 4, 2, 151_936),
-    "120M": (512, 2048, 10, 8, 2, 151_936),
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
-}
 
-
-def make_config(shape):
-    """The configuration of a Qwen2 of this shape."""
-    from transformers import Qwen2Config
-
-    hidden, intermediate, layers, heads, key_value_heads, vocabulary = SHAPES[shape]
-    return Qwen2Config(
+def sizes(hidden, intermediate, layers, heads, key_value_heads, vocabulary, model_type="qwen2", tied=True):
+    """A model's sizes, as transformers names them."""
+    return dict(
+        model_type=model_type,
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
-        tie_word_embeddings=True,
-        max_position_embeddings=32_768,
-        architectures=["Qwen2ForCausalLM"],
+        tie_word_embeddings=tied,
     )
 
 
-def make_model(shape, seed=0, device="cpu"):
-    """A Qwen2 of this shape with random float32 weights, made on the device."""
+# Of Qwen2-1.5B, Qwen2-7B and Llama-3-8B, and two small ones of Qwen2's kind; "tiny" is for trying a benchmark.
+SHAPES = {
+    "tiny": sizes(64, 128, 2, 2, 1, 1000),
+    "44M": sizes(256, 1024, 4, 4, 2, 151_936),
+    "1.5B": sizes(1536, 8960, 28, 12, 2, 151_936),
+    "7B": sizes(3584, 18_944, 28, 28, 4, 152_064, tied=False),
+    "8B": sizes(4096, 14_336, 32, 32, 8, 128_256, "llama", tied=False),
+}
+
+
+def make_config(shape):
+    """The configuration of a model of this shape."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**SHAPES[shape], max_position_embeddings=32_768)
+
+
+def make_model(shape, device="cpu", dtype=torch.float32):
+    """A model of this shape with random weights, made on the device."""
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(make_config(shape), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(make_config(shape), dtype=dtype)
 
 
 def random_model(source, hidden, layers, folder):
@@ -130,28 +135,25 @@ def read_prompt_texts(path):
         return [json.loads(line)["prompt"] for line in file]
 
 
-def make_pairs(prompts, count, seed=0, longest=1024, sequence=0, vocabulary=151_000):
+def make_pairs(prompts, count, longest=1024, vocabulary=151_000):
     """[(prompt ids, chosen ids, rejected ids)] of random tokens.
 
     Prompts take a token for four characters of the file `prompts` and 20 for the chat template; without a file they are
     log-normal around 150 tokens (standard deviation 0.8 of the logarithm), as UltraFeedback's are. Responses are
-    log-normal around 256 tokens (0.6). None is longer than `longest`. With `sequence` both sequences of a pair, prompt
-    and response, have just that many tokens."""
-    generator = np.random.default_rng(seed)
+    log-normal around 256 tokens (0.6). None is longer than `longest`."""
+    generator = np.random.default_rng(0)
     if prompts:
         texts = read_prompt_texts(prompts)
         asked = [20 + len(texts[i]) // 4 for i in generator.choice(len(texts), count, replace=False)]
     else:
         asked = np.exp(generator.normal(np.log(150), 0.8, count)).astype(int) + 1
-    ids = lambda length: generator.integers(0, vocabulary, length).tolist()  # noqa: E731
     lengths = np.minimum(np.exp(generator.normal(np.log(256), 0.6, (count, 2))).astype(int) + 1, longest)
-    pairs = []
-    for length, (first, second) in zip(asked, lengths):
-        prompt = ids(min(length, longest))
-        if sequence:
-            first = second = sequence - len(prompt)
-        pairs.append((prompt, ids(first), ids(second)))
-    return pairs
+    ids = lambda length: generator.integers(0, vocabulary, length).tolist()
+    return [(ids(min(prompt, longest)), *map(ids, responses)) for prompt, responses in zip(asked, lengths)]
+
+
+def batches(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def as_rows(pairs):
@@ -251,11 +253,10 @@ def attention_flops(config, rows):
 
 
 def machine():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
     with open("/proc/cpuinfo") as file:
         name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
+    cards = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return "; ".join([f"{name}, {torch.get_num_threads()} threads", *cards])
 
 
 def versions(packages):
@@ -266,7 +267,12 @@ def versions(packages):
     return ", ".join(f"{name} {installed[name]}" for name in packages if name in installed)
 
 
-def record(title, lines, packages=("torch", "transformers")):
+def table(head, *rows):
+    """Lines of Markdown from the text of each row, "cell | cell"."""
+    return [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {row} |" for row in rows)]
+
+
+def record(title, lines, packages=("torch", "transformers", "vllm")):
     """Print the lines and append them to RESULTS.md with date, machine, versions and command."""
     command = "python " + shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     about = f"{date.today()}, {machine()}; {versions(packages)}"

@@ -34,6 +34,7 @@ SECTIONS = {
     "vllm": gpu_sections.vllm,
 }
 EXACT = ("exactness", "attention")  # sections that the command fails without
+GPU_ONLY = ("memory",)  # a CPU's figures would say nothing
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -51,6 +52,10 @@ def run_section(bench, name):
 
 def table(bench, began):
     """The Markdown of what has been measured."""
+    rows = []
+    for name, row in bench.rows:
+        verdict = {None: "", True: "met", False: "**off**" if row.exact else "missed"}[row.good]
+        rows.append(f"{name} | {row.what} | {row.figure.replace('|', '/')} | {row.goal} | {verdict}")
     lines = [
         "# One GPU" if bench.device == "cuda" else "# Not a GPU",
         "",
@@ -59,12 +64,8 @@ def table(bench, began):
         "",
         f"    bash benchmarks/gpu.sh {' '.join(sys.argv[1:])}".rstrip(),
         "",
-        "| section | measured | figure | goal | |",
-        "|---|---|---|---|---|",
+        *common.table("section | measured | figure | goal | ", *rows),
     ]
-    for name, row in bench.rows:
-        verdict = {None: "", True: "met", False: "**off**" if row.exact else "missed"}[row.good]
-        lines.append(f"| {name} | {row.what} | {row.figure.replace('|', '/')} | {row.goal} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
@@ -74,18 +75,21 @@ def main(device: str = "cuda", shape: str = "1.5B", only: str = "", output: str 
     Args:
         device: cuda, or cpu, which tries the code and says nothing about speed
         shape: 1.5B, or tiny
-        only: sections, comma-separated: rates, exactness, throughput, memory, kernels, attention, trl, vllm
+        only: sections, comma-separated: rates, exactness, throughput, memory (of a GPU alone), kernels,
+            attention, trl, vllm
         output: the Markdown file
     """
-    began, names = time.monotonic(), split_list(only) or list(SECTIONS)
-    if unknown := [name for name in names if name not in SECTIONS]:
-        raise StageError(f"--only should be some of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    began = time.monotonic()
     if device not in ("cuda", "cpu") or shape not in SIZES:
         raise StageError(f"--device should be cuda or cpu, --shape {' or '.join(SIZES)}; got {device}, {shape}")
+    possible = [name for name in SECTIONS if device == "cuda" or name not in GPU_ONLY]
+    names = split_list(only) or possible
+    if unknown := [name for name in names if name not in possible]:
+        raise StageError(f"--only should be some of {', '.join(possible)}, got {', '.join(unknown)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise StageError("torch sees no GPU; --device cpu --shape tiny tries the code without one")
     bench = Bench(device, shape)
-    for name in (name for name in SECTIONS if name in names):
+    for name in (name for name in possible if name in names):
         if time.monotonic() - began < SECONDS:
             print(f"{time.monotonic() - began:4.0f} s: {name}", file=sys.stderr, flush=True)
             run_section(bench, name)

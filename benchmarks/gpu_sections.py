@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 
 import against_trl
-import attention
 import common
+import gpu_attention
 import torch
-from common import as_rows, forward_flops, make_model, make_pairs
-from model import batches, loss_of, plain_logps
+from common import as_rows, batches, forward_flops, make_model, make_pairs
+from model import loss_of, plain_logps
 
 from training import logps
 from training.logps import install_head, response_logps
@@ -66,7 +66,7 @@ class Bench:
         return common.matrix_rate(self.device, dtype, size=256 if self.shape == "tiny" else 0)
 
     def pairs(self, count):
-        return make_pairs("", count, longest=self.longest, vocabulary=self.config.vocab_size)
+        return make_pairs("", count, self.longest, self.config.vocab_size)
 
     def model(self):
         """A model with float32 weights, as training has it before accelerate prepares it."""
@@ -211,7 +211,8 @@ def throughput(bench) -> Iterator[Row]:
 
 
 def memory(bench) -> Iterator[Row]:
-    """Peak of a training step with its model and optimiser, of pairs of several lengths, beside the simulated one."""
+    """Peak of a training step with its model and optimiser, of pairs of several lengths, beside the simulated one. Of a
+    GPU's allocator: a process on a CPU takes something else."""
     cases = [(prompt, response, checkpointing) for prompt, response in bench.lengths for checkpointing in (False, True)]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(3, get_context("spawn")) as simulations:
         bench.config.save_pretrained(folder)
@@ -240,7 +241,7 @@ def simulated_peak(folder, prompt, response, checkpointing):
 
 
 def measured_peak(bench, prompt, response, checkpointing):
-    """Bytes that the allocator has given out at most, or None where memory was short. On a CPU, those of the process."""
+    """Bytes that the allocator has given out at most, or None where memory was short."""
     model, optimizer, accelerator = bench.training()
 
     def step(prompt, response):
@@ -306,18 +307,18 @@ def launches(bench, function):
 
 
 def ways_of_attention(bench) -> Iterator[Row]:
-    """Ways to compute attention, see attention.py; the project's own has to be right."""
+    """Ways to compute attention, see gpu_attention.py; the project's own has to be right."""
     found = {}
-    for lengths, way, *figures in attention.measure(bench.shape, bench.device, bench.rate):
-        what, project = f"{way.name}; {' + '.join(map(str, lengths))}", way is attention.WAYS[0]
+    for lengths, way, *figures in gpu_attention.measure(bench.shape, bench.device, bench.rate):
+        what, project = f"{way.name}; {' + '.join(map(str, lengths))}", way is gpu_attention.WAYS[0]
         if len(figures) == 1:
             yield Row(what, figures[0], good=False if project else None, exact=project)
             continue
         taken, output, gradients, whole = figures
-        right = max(output, gradients) <= attention.RIGHT
+        right = max(output, gradients) <= gpu_attention.RIGHT
         figure = f"{1e3 * taken:.2f} ms a layer, {1e3 * whole:.1f} a pass; "
         figure += f"off by {output:.1e}, gradients {gradients:.1e}"
-        yield Row(what, figure, f"at most {attention.RIGHT}", right, exact=project)
+        yield Row(what, figure, f"at most {gpu_attention.RIGHT}", right, exact=project)
         if right:
             found.setdefault(lengths, []).append((whole, way.name))
     for lengths, ways in found.items():
@@ -346,12 +347,12 @@ def trl(bench) -> Iterator[Row]:
 
 
 def vllm(bench) -> Iterator[Row]:
-    """Sampling, judging and the starts of their engines, see engines.py."""
+    """Sampling, judging and the starts of their engines, see gpu_engines.py."""
     if find_spec("vllm") is None:
         yield Row("vLLM", "not installed")
         return
-    import engines  # whose imports vLLM brings along
+    import gpu_engines  # whose imports vLLM brings along
 
     bench.free()
-    for what, figure in engines.measure(bench.shape, bench.device):
+    for what, figure in gpu_engines.measure(bench.shape, bench.device):
         yield Row(what, figure)

@@ -15,47 +15,14 @@ import tempfile
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import common  # noqa: F401  finds the project
 import torch
 import torch.distributed
+from common import SHAPES, make_config
 
 from training import logps
 from training.models import load_model, sharded_precision
 from utils import StageError, check_at_least, run, split_list
 
-# The shapes of Qwen2-1.5B, Qwen2-7B and Llama-3-8B.
-POLICIES = {
-    "1.5B": dict(
-        model_type="qwen2",
-        vocab_size=151_936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "7B": dict(
-        model_type="qwen2",
-        vocab_size=152_064,
-        hidden_size=3584,
-        intermediate_size=18_944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
-    "8B": dict(
-        model_type="llama",
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    ),
-}
 GIB = 2**30
 
 
@@ -71,7 +38,7 @@ def peak(
     """Bytes that a process of training has allocated at most, on a GPU under FSDP 2 in bfloat16.
 
     Args:
-        policy: a name of POLICIES, or a directory with a config.json.
+        policy: a name of common.SHAPES, or a directory with a config.json.
         ranks: processes.
         prompt, response: tokens of the prompt, and of each of the two responses.
         pairs: of a forward pass.
@@ -111,12 +78,11 @@ def prepare(policy, mesh, gradient_checkpointing):
     """The model as training has it under FSDP 2."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as folder:
-        if policy in POLICIES:
-            AutoConfig.for_model(**POLICIES[policy], max_position_embeddings=32_768).save_pretrained(folder)
-        model = load_model(folder if policy in POLICIES else policy, True, gradient_checkpointing)
+        if policy in SHAPES:
+            make_config(policy).save_pretrained(folder)
+        model = load_model(folder if policy in SHAPES else policy, True, gradient_checkpointing)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=True,

@@ -1,24 +1,31 @@
 """Log-probabilities and training steps: the project's path against the plain one, on the same pairs in the same
-process.
+process, on the CPU. gpu.sh measures the same on a GPU.
 
     python benchmarks/model.py [--prompts FILE] [--shape 44M] [--precision bf16] [--count 24]
-    python benchmarks/model.py --shape 120M --count 1 --sequence 4096                one pair of 2 x 4,096
-
-On a GPU, take gpu.sh, which measures this and more.
 
 The plain way is what one writes first: chosen and rejected in rows of their own, padded; the logits of all positions in
 float32, log-softmax, gather. Log-probabilities in batches of 4 pairs, training one pair a step.
 
-Goals on a CPU, bf16: log-probabilities 2.5 times as fast with 1/20 of the extra memory; a training step (optimiser
-included) 1.9 times as fast with 1/3. In float32 log-probabilities within 1e-3 nats, gradients within 1e-5.
+Goals, bf16: log-probabilities 2.5 times as fast with 1/20 of the extra memory; a training step (optimiser included) 1.9
+times as fast with 1/3. In float32 log-probabilities within 1e-3 nats, gradients within 1e-5.
 """
 
 import contextlib
-import math
 import statistics
 
 import torch
-from common import PeakMemory, as_rows, forward_flops, make_model, make_pairs, matrix_rate, record, seconds
+from common import (
+    PeakMemory,
+    as_rows,
+    batches,
+    forward_flops,
+    make_model,
+    make_pairs,
+    matrix_rate,
+    record,
+    seconds,
+    table,
+)
 
 from training import logps
 from training.logps import install_head, response_logps
@@ -26,7 +33,7 @@ from training.models import micro_batches
 from utils import run
 
 
-def plain_logps(model, pairs, device):
+def plain_logps(model, pairs, device="cpu"):
     """(2B,) summed log-probabilities, chosen first."""
     sequences = [(pair[0], pair[side]) for side in (1, 2) for pair in pairs]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
@@ -42,9 +49,9 @@ def plain_logps(model, pairs, device):
     return (token_logps * responses[:, 1:]).sum(1)
 
 
-def our_logps(model, pairs, device):
+def our_logps(model, pairs):
     """The same."""
-    return response_logps(model, as_rows(pairs), device)
+    return response_logps(model, as_rows(pairs), torch.device("cpu"))
 
 
 def loss_of(logps):
@@ -52,33 +59,22 @@ def loss_of(logps):
     return ((chosen - rejected - 2.5) ** 2).mean()
 
 
-def batches(pairs, size):
-    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+def compare_logps(model, pairs, context, repeats, tokens):
+    """(seconds, extra MiB) of the plain way and of ours, and the largest difference in nats."""
 
-
-def compare_logps(model, pairs, device, context, repeats, tokens):
-    """(seconds, extra MiB) of the plain way and of ours, largest difference in nats."""
-
-    def run(way, micro_batches):
+    def run(way, groups):
         with torch.no_grad(), context():
-            return torch.cat([way(model, batch, device).reshape(2, -1) for batch in micro_batches], dim=1)
+            return torch.cat([way(model, group).reshape(2, -1) for group in groups], dim=1)
 
     order = micro_batches(range(len(pairs)), [sum(map(len, pair)) for pair in pairs], tokens)
-    ours_in_order = [pairs[i] for batch in order for i in batch]
-    ways = {
-        "plain": (plain_logps, batches(pairs, 4)),
-        "ours": (our_logps, [[pairs[i] for i in batch] for batch in order]),
-    }
-    found = {name: run(*way) for name, way in ways.items()}
-    place = [ours_in_order.index(pair) for pair in pairs]
-    difference = (found["plain"] - found["ours"][:, place]).abs().max().item()
-    return measure({name: (lambda way=way: run(*way)) for name, way in ways.items()}, device, repeats) | {
-        "difference": difference
-    }
+    plain = lambda: run(plain_logps, batches(pairs, 4))
+    ours = lambda: run(our_logps, [[pairs[i] for i in group] for group in order])
+    difference = (plain()[:, [i for group in order for i in group]] - ours()).abs().max().item()
+    return *measure(plain, ours, repeats), difference
 
 
-def compare_training(model, pairs, device, context, repeats):
-    """The same of training steps of one pair each, with the largest relative difference of a gradient.
+def compare_training(model, pairs, context, repeats):
+    """The same of training steps of one pair each, and the largest relative difference of a gradient.
 
     The optimiser's state is there before; the gradients count as extra memory."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
@@ -86,46 +82,37 @@ def compare_training(model, pairs, device, context, repeats):
     def gradients(way):
         optimizer.zero_grad()
         with context():
-            loss_of(way(model, pairs[:1], device)).backward()
+            loss_of(way(model, pairs[:1])).backward()
         return [parameter.grad.double() for parameter in model.parameters()]
 
     def run(way):
         for pair in pairs:
             with context():
-                loss = loss_of(way(model, [pair], device))
+                loss = loss_of(way(model, [pair]))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    try:
-        plain, ours = gradients(plain_logps), gradients(our_logps)
-        difference = max(
-            ((one - other).norm() / one.norm()).item() for one, other in zip(plain, ours) if one.norm() > 0
-        )
-        del plain, ours
-    except torch.OutOfMemoryError:
-        difference = math.nan
-    gradients(our_logps)
+    difference = max(
+        ((plain - ours).norm() / plain.norm()).item()
+        for plain, ours in zip(gradients(plain_logps), gradients(our_logps))
+        if plain.norm() > 0
+    )
     optimizer.step()
     optimizer.zero_grad()
-    return measure({"plain": lambda: run(plain_logps), "ours": lambda: run(our_logps)}, device, repeats) | {
-        "difference": difference
-    }
+    return *measure(lambda: run(plain_logps), lambda: run(our_logps), repeats), difference
 
 
-def measure(ways, device, repeats):
-    times, peaks = {name: [] for name in ways}, {}
-    for name, way in ways.items():  # the first time warms up and tells the memory
-        try:
-            with PeakMemory(device) as peak:
-                way()
-        except torch.OutOfMemoryError:  # of a GPU
-            peak.mib = math.inf
-        peaks[name] = peak.mib
+def measure(plain, ours, repeats):
+    """(median seconds, extra MiB) of the plain way, and of ours."""
+    times, peaks = [], []
+    for way in (plain, ours):  # the first time warms up and tells the memory
+        with PeakMemory("cpu") as peak:
+            way()
+        peaks.append(peak.mib)
     for _ in range(repeats):  # in turn
-        for name, way in ways.items():
-            times[name].append(seconds(way, device) if peaks[name] < math.inf else math.nan)
-    return {name: (statistics.median(times[name]), peaks[name]) for name in ways}
+        times.append([seconds(way, "cpu") for way in (plain, ours)])
+    return zip(map(statistics.median, zip(*times)), peaks)
 
 
 def main(
@@ -134,10 +121,6 @@ def main(
     precision: str = "bf16",
     count: int = 24,
     repeats: int = 3,
-    seed: int = 0,
-    longest: int = 1024,
-    sequence: int = 0,
-    gradient_checkpointing: bool = False,
     micro_batch_tokens: int = 0,
     rows: int = 0,
     tile: int = 0,
@@ -146,52 +129,49 @@ def main(
 
     Args:
         prompts: a file whose prompts' lengths are taken; without it they are drawn as UltraFeedback's are distributed
-        sequence: tokens of each prompt with its response; 0: lengths as they occur
+        precision: bf16 or float32
+        count: of pairs
         micro_batch_tokens: of our log-probabilities, as the stage's flag
-        rows: positions of a block at the output layer; 0: as many as suit the device
+        rows: positions of a block at the output layer; 0: the program's own
         tile: vocabulary entries of a block; likewise
     """
     blocks = {name: value for name, value in (("rows", rows), ("tile", tile)) if value}
-    logps.CPU, logps.GPU = logps.CPU._replace(**blocks), logps.GPU._replace(**blocks)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logps.CPU = logps.CPU._replace(**blocks)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    context = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
-    pairs = make_pairs(prompts, count, seed, longest, sequence)
-    model = install_head(make_model(shape).to(device))
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    rate = matrix_rate(device, dtype)
+    context = (lambda: torch.autocast("cpu", torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
+    model = install_head(make_model(shape))
+    pairs = make_pairs(prompts, count, vocabulary=min(model.config.vocab_size, 151_000))
+    rate = matrix_rate("cpu", dtype)
     floor = forward_flops(model.config, as_rows(pairs)) / rate
-    lines = [
-        describe(pairs) + f" Matrix product ({precision}): {rate / 1e12:.2f} TFLOP/s.",
-        "",
-        "| stage | plain | ours | faster | plain's extra MiB | ours | less | floor | of it reached | difference |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    found = compare_logps(model.eval(), pairs, device, context, repeats, micro_batch_tokens)
-    lines.append(table_line("log-probabilities", found, floor, "nats"))
-    found = compare_training(model.train(), pairs, device, context, repeats)
-    lines.append(table_line("training step", found, 3 * floor, "relative"))
-    checkpointing = ", gradient checkpointing" * gradient_checkpointing
-    record(f"Log-probabilities and training, Qwen2 {shape}, {precision}{checkpointing}", lines)
+    lines = table(
+        "stage | plain | ours | faster | plain's extra MiB | ours | less | floor | of it reached | difference",
+        row(
+            "log-probabilities",
+            *compare_logps(model.eval(), pairs, context, repeats, micro_batch_tokens),
+            floor,
+            "nats",
+        ),
+        row("training step", *compare_training(model.train(), pairs, context, repeats), 3 * floor, "relative"),
+    )
+    described = describe(pairs) + f" Matrix product ({precision}): {rate / 1e12:.2f} TFLOP/s."
+    title = f"Log-probabilities and training, Qwen2 {shape}, {precision}"
+    record(title, [described, "", *lines], packages=("torch", "transformers"))
 
 
 def describe(pairs):
-    tokens, responses = sum(len(p) + len(c) + len(r) for p, c, r in pairs), sum(len(c) + len(r) for _, c, r in pairs)
+    prompts, responses = [len(pair[0]) for pair in pairs], [len(response) for pair in pairs for response in pair[1:]]
     return (
-        f"{len(pairs)} pairs: {tokens:,} tokens with each prompt once, {responses:,} of responses; prompts' median "
-        f"{statistics.median(len(p) for p, _, _ in pairs):.0f}, responses' "
-        f"{statistics.median(len(r) for pair in pairs for r in pair[1:]):.0f}."
+        f"{len(pairs)} pairs: {sum(prompts) + sum(responses):,} tokens with each prompt once, {sum(responses):,} of "
+        f"responses; prompts' median {statistics.median(prompts):.0f}, responses' {statistics.median(responses):.0f}."
     )
 
 
-def table_line(name, found, floor, unit):
-    """Of what `measure` found; the floor is that of the matrix products, in seconds."""
-    (plain, plain_mib), (ours, our_mib) = found["plain"], found["ours"]
+def row(name, plain, ours, difference, floor, unit):
+    """Of the table; plain, ours: (seconds, extra MiB); floor: seconds of the matrix products alone."""
+    (plain, plain_mib), (ours, our_mib) = plain, ours
     return (
-        f"| {name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
-        f"1/{plain_mib / max(our_mib, 1):.1f} | {floor:.2f} s | {100 * floor / ours:.0f} % | "
-        f"{found['difference']:.1e} {unit} |"
+        f"{name} | {plain:.2f} s | {ours:.2f} s | x{plain / ours:.2f} | {plain_mib:,.0f} | {our_mib:,.0f} | "
+        f"1/{plain_mib / max(our_mib, 1):.1f} | {floor:.2f} s | {100 * floor / ours:.0f} % | {difference:.1e} {unit}"
     )
 
 

@@ -9,7 +9,7 @@ each response in a row of its own. The table has the differences in nats over th
 """
 
 import torch
-from common import read_prompt_texts, record
+from common import read_prompt_texts, record, table
 
 from data_utils import load_tokenizer
 from training.logps import response_logps
@@ -41,8 +41,7 @@ def main(model: str, prompts: str):
     """
     rows, network = make_rows(model, prompts), load_model(model).eval()
     tokens = torch.tensor([float(len(response)) for _, responses in rows for response in responses])
-    lines = ["| precision | against a pair alone | tokens | responses | root mean square | largest | largest in nats |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines = []
     for precision in ("float32", "bfloat16"):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             alone = log_probabilities(network, [[row] for row in rows])
@@ -55,8 +54,9 @@ def main(model: str, prompts: str):
                 off = (found - alone).abs()[chosen]
                 scaled = off / tokens[chosen].sqrt()
                 figures = f"{scaled.square().mean().sqrt():.2g} | {scaled.max():.2g} | {off.max():.2g}"
-                lines.append(f"| {precision} | {name} | {low + 1} to {high} | {len(off)} | {figures} |")
-    record("Rounding of log-probabilities", lines)
+                lines.append(f"{precision} | {name} | {low + 1} to {high} | {len(off)} | {figures}")
+    head = "precision | against a pair alone | tokens | responses | root mean square | largest | largest in nats"
+    record("Rounding of log-probabilities", table(head, *lines), packages=("torch", "transformers"))
 
 
 if __name__ == "__main__":

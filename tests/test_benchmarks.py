@@ -21,10 +21,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import attention  # noqa: E402
 import common  # noqa: E402
 import cost  # noqa: E402
 import gpu  # noqa: E402
+import gpu_attention as attention  # noqa: E402
 import gpu_sections  # noqa: E402
 
 import utils  # noqa: E402
@@ -77,7 +77,7 @@ def test_every_benchmark_has_help_and_commands_have_flags_that_exist(monkeypatch
         monkeypatch.setattr(sys, "argv", [name])
         runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
     helpers = {name for name, command in commands.items() if command is None}
-    assert helpers == {"common.py", "gpu_sections.py"}
+    assert helpers == {"common.py", "gpu_sections.py", "gpu_attention.py", "gpu_engines.py"}
     for name in commands.keys() - helpers:
         for command in commands[name]:
             with pytest.raises(SystemExit):
@@ -150,26 +150,26 @@ def test_cost_and_plan_count_the_same_bytes(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------- gpu.sh
 
 
-def gpu_table(tmp_path, monkeypatch, only):
-    """(exit code, the table's rows) of gpu.py on the CPU, in this process."""
+@pytest.fixture
+def gpu_table(tmp_path, monkeypatch):
+    """A function of the sections: (exit code, the table's rows) of gpu.py on the CPU, in this process."""
     from accelerate.state import AcceleratorState, GradientState
 
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    try:
+    def measured(only):
         with pytest.raises(SystemExit) as ended:
             gpu.main(device="cpu", shape="tiny", only=only, output=str(tmp_path / "GPU.md"))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    lines = (tmp_path / "GPU.md").read_text().splitlines()
-    return ended.value.code, [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:2] == "| "][
-        1:
-    ]
+        lines = [line for line in (tmp_path / "GPU.md").read_text().splitlines() if line.startswith("| ")]
+        return ended.value.code, [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    yield measured
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
-def test_gpu_measures_on_a_cpu_too(tmp_path, monkeypatch):
+def test_gpu_measures_on_a_cpu_too(gpu_table):
     sections = "rates,exactness,throughput,kernels,attention"
-    code, rows = gpu_table(tmp_path, monkeypatch, sections)
+    code, rows = gpu_table(sections)
     assert code == 0 and {row[0] for row in rows} == set(sections.split(","))
     assert [row[4] for row in rows if row[0] == "exactness"] == 4 * ["met"]
     assert not [row for row in rows if "failed" in row[2]]
@@ -184,7 +184,7 @@ def test_gpu_measures_on_a_cpu_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("section", ["exactness", "kernels"])
-def test_gpu_goes_on_after_a_section_that_fails(tmp_path, monkeypatch, section):
+def test_gpu_goes_on_after_a_section_that_fails(gpu_table, monkeypatch, section):
     """And its exit code says whether exactness could be shown."""
 
     def broken(bench):
@@ -195,7 +195,7 @@ def test_gpu_goes_on_after_a_section_that_fails(tmp_path, monkeypatch, section):
         yield gpu.Row("the last figure", "2", "2", True)
 
     monkeypatch.setattr(gpu, "SECTIONS", gpu.SECTIONS | {section: broken, "attention": right})
-    code, rows = gpu_table(tmp_path, monkeypatch, f"attention,{section}")
+    code, rows = gpu_table(f"attention,{section}")
     assert [row[1:3] for row in rows] == [
         ["the first figure", "1"],
         ["", "failed: RuntimeError: no / kernel"],
@@ -204,11 +204,11 @@ def test_gpu_goes_on_after_a_section_that_fails(tmp_path, monkeypatch, section):
     assert code == (section == "exactness")
 
 
-def test_gpu_fails_where_a_result_is_not_exact(tmp_path, monkeypatch):
+def test_gpu_fails_where_a_result_is_not_exact(gpu_table, monkeypatch):
     """Log-probabilities that are off by a hundredth of a nat, in float32."""
     ours = gpu_sections.Bench.ours
     monkeypatch.setattr(gpu_sections.Bench, "ours", lambda self, *arguments: ours(self, *arguments) + 0.01)
-    code, rows = gpu_table(tmp_path, monkeypatch, "exactness")
+    code, rows = gpu_table("exactness")
     assert code == 1 and rows[0][4] == "**off**"
 
 
@@ -266,11 +266,14 @@ def test_gpu_measures_under_fsdp(tmp_path):
 
 
 @pytest.mark.slow
-def test_gpu_starts_engines_and_simulations(tmp_path, monkeypatch):
+def test_gpu_starts_engines_and_simulations(gpu_table, monkeypatch):
     one_process = lambda count, context: ProcessPoolExecutor(1, context)  # each imports torch
     monkeypatch.setattr(gpu_sections, "ProcessPoolExecutor", one_process)
     monkeypatch.setitem(gpu_sections.SIZES, "tiny", (*gpu_sections.SIZES["tiny"][:4], [(1, 15)]))
-    code, rows = gpu_table(tmp_path, monkeypatch, "vllm,memory")
+    code, rows = gpu_table("vllm")
     assert code == 0 and not [row for row in rows if "failed" in row[2]]
     assert {row[1] for row in rows} >= {"sampling, start", "judging, start", "judging, 3 prompts"}
-    assert all("simulated" in row[3] for row in rows if row[0] == "memory" and "GiB" in row[2])
+    with pytest.raises(utils.StageError, match="got memory"):  # of a process on a CPU it would say nothing
+        gpu_table("memory")
+    rows = list(gpu_sections.memory(gpu_sections.Bench("cpu", "tiny")))  # the code runs all the same
+    assert len(rows) == 5 and all("simulated" in row.goal and "GiB" in row.figure for row in rows[:4])

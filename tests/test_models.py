@@ -72,7 +72,7 @@ def test_no_process_has_much_more_to_do_than_the_others(processes, tokens, allow
     """Positions of the slowest process over those of perfect dealing, without padding: the mean of 200 updates.
 
     Pairs of UltraFeedback's prompts and responses around 256 tokens have a median of 721 tokens, and their logarithms
-    a standard deviation of 0.41 (benchmarks/dealing.py draws them); these vary a little more. At 0 tokens there is no
+    a standard deviation of 0.41 (benchmarks/common.py draws them); these vary a little more. At 0 tokens there is no
     padding.
     """
     generator, ratios = np.random.default_rng(0), []

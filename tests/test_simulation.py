@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def small(monkeypatch):
     """Bytes of a short pair with a policy of two layers and a small vocabulary, simulated in a second."""
-    shape = memory.POLICIES["1.5B"] | dict(vocab_size=1000, num_hidden_layers=2, tie_word_embeddings=True)
-    monkeypatch.setitem(memory.POLICIES, "small", shape)
+    shape = memory.SHAPES["1.5B"] | dict(vocab_size=1000, num_hidden_layers=2, tie_word_embeddings=True)
+    monkeypatch.setitem(memory.SHAPES, "small", shape)
     return lambda ranks, **settings: memory.peak("small", ranks, **dict(prompt=1, response=63) | settings)
 
 

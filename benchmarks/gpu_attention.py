@@ -1,6 +1,5 @@
-"""Attention of a pair, [prompt][chosen][rejected], in every way that could be right: time and exactness of each.
-
-    python benchmarks/attention.py [--device cuda] [--shape 1.5B]
+"""Attention of a pair, [prompt][chosen][rejected], in every way that could be right: time and exactness of each. A
+section of gpu.py.
 
 The project's rows share the prompt, so that its tokens go through the model once; that takes a mask, and a mask rules
 out FlashAttention. The other ways need no mask: each response in a row of its own behind the prompt, which then goes
@@ -11,17 +10,16 @@ relative difference of the output, and of all gradients, from the same in float3
 training pass is an estimate: attention's of all layers, and the other products at the matrix rate that was measured.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import attention_flops, forward_flops, make_config, matrix_rate, record
+from common import attention_flops, forward_flops, make_config, seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils import first_line, run
+from utils import first_line
 
 RIGHT = 0.02  # the relative difference that bfloat16 may have; a key too many or too few makes it ten times as large
 LENGTHS = {"1.5B": [(192, 300, 300), (4, 2046, 2046)], "tiny": [(8, 12, 9)]}  # prompt, chosen, rejected
@@ -186,17 +184,7 @@ def seconds_of(way, inputs, gradient, mask, lengths, repeats):
 
     for _ in range(2):  # warm up
         once()
-    wait(inputs[0].device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        once()
-    wait(inputs[0].device)
-    return (time.perf_counter() - began) / repeats
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return seconds(lambda: [once() for _ in range(repeats)], inputs[0].device) / repeats
 
 
 def relative(found, expected):
@@ -211,7 +199,7 @@ def measure(shape, device, rate):
         rate: of matrix products in bfloat16, FLOP/s
     """
     config, device = make_config(shape), torch.device(device)
-    for lengths in LENGTHS.get(shape, LENGTHS["1.5B"]):
+    for lengths in LENGTHS[shape]:
         inputs, gradient = make_inputs(config, lengths, device, torch.bfloat16)
         masks = make_masks(lengths, device, torch.bfloat16)
         exact = [one.float() for one in inputs], gradient.float(), masks["boolean"], lengths
@@ -234,23 +222,3 @@ def pass_seconds(config, way, lengths, taken, rate):
     rows = [(prompt, responses)] if way.shared else [(prompt, [one]) for one in responses]
     rest = forward_flops(config, rows) - attention_flops(config, rows)
     return 3 * rest / rate + config.num_hidden_layers * taken
-
-
-def main(device: str = "cpu", shape: str = "44M"):
-    """Measure and append to RESULTS.md."""
-    lines = [
-        "| prompt, chosen, rejected | way | ms a layer | output | gradients | ms a training pass, estimated |",
-        "|---|---|---|---|---|---|",
-    ]
-    for lengths, way, *figures in measure(shape, device, matrix_rate(device, torch.bfloat16)):
-        line = f"| {', '.join(map(str, lengths))} | {way.name} | "
-        if len(figures) > 1:
-            taken, output, gradients, whole = figures
-            lines.append(line + f"{1e3 * taken:.2f} | {output:.1e} | {gradients:.1e} | {1e3 * whole:.1f} |")
-        else:
-            lines.append(line + f"{figures[0]} | | | |")
-    record(f"Attention of a pair, Qwen2 {shape}, {device}", lines, packages=("torch",))
-
-
-if __name__ == "__main__":
-    run(main)
