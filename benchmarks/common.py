@@ -90,7 +90,7 @@ def write_chat_tokenizer(folder, texts=()):
     sys.path.append(str(ROOT / "data" / "demo"))
     from game import ANSWERS, CHATML, write_tokenizer
 
-    write_tokenizer(folder, [*ANSWERS, *texts], ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), CHATML)
+    write_tokenizer(folder, [*ANSWERS, *texts], ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], CHATML)
 
 
 # Of the variables that accelerate's launcher sets for its own processes, and that others should not see.
