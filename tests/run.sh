@@ -18,8 +18,9 @@ for check in "ruff check ." "ruff format --check ." mypy; do
   fi
 done
 
-# Two files at a time, in the order of conftest.py, but on GPUs, where each engine wants all of the memory.
-parallel=(-n 2 --dist loadfile --no-loadscope-reorder)
+# Three files at a time, in the order of conftest.py: on two cores, as tests often wait for a process. On GPUs one, where
+# each engine wants all of the memory.
+parallel=(-n 3 --dist loadfile --no-loadscope-reorder)
 if [[ -n $(nvidia-smi -L 2>/dev/null) ]]; then parallel=(); fi
 
 # Threads that wait should not spin: beside another busy process that costs a factor of eight and more.

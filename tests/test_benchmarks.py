@@ -276,4 +276,4 @@ def test_gpu_starts_engines_and_simulations(gpu_table, monkeypatch):
     with pytest.raises(utils.StageError, match="got memory"):  # of a process on a CPU it would say nothing
         gpu_table("memory")
     rows = list(gpu_sections.memory(gpu_sections.Bench("cpu", "tiny")))  # the code runs all the same
-    assert len(rows) == 5 and all("simulated" in row.goal and "GiB" in row.figure for row in rows[:4])
+    assert len(rows) == 3 and all("simulated" in row.goal and "GiB" in row.figure for row in rows[:2])
