@@ -6,25 +6,23 @@
     python benchmarks/engines.py rewards --prompts FILE [--count 32]
     python benchmarks/engines.py margins --prompts FILE [--count 15]
 
-Each way has a process of its own. Models are the demo's, or random ones with the demo's tokenizer; the instructions are
-the file's, and the responses that are judged other texts of it: what is measured is the work, not the model.
+Each way has a process of its own. Models are the demo's, or random ones with its tokenizer; instructions and the
+responses that are judged are texts of the file: what is measured is the work, not the model.
 
 `sampling`: the plain way hands `LLM.generate` a batch of 16 prompts, waits until its longest response has ended, and
 takes the next batch; log-probabilities of the tokens are stored, as many samplers do. Ours hands the engine all prompts,
-as a worker does with its chunks, and stores tokens alone. A random policy of the demo's vocabulary ends with a probability of about 1/300
-a token, so that lengths vary as they do in practice. Goal: the engine is full until the last chunk; the same samples.
+as a worker does, and stores tokens alone. A random policy ends with a probability of about 1/300 a token, so that
+lengths vary as they do in practice. Goal: the engine is full until the last chunk; the same samples.
 
 `judging`: the plain way asks the judge as one would by hand: every ordered pair is a request of its own for up to 16
 tokens, without a prefix cache; the label is looked for in the answer, and its probability read there. Goals: uncached
 prompt tokens within 15 % of the floor (each distinct prefix once), one decoded token a judgement, twice the judgements
 a second on a CPU and three times on a GPU, probabilities within 1e-3 where both read the same position.
 
-`rewards`: the plain way is transformers with padded batches of 8 responses, in the order of the file. Goal: as fast or
-faster; the same rewards.
+`rewards`: the plain way is transformers with padded batches of 8 responses, in order. Goal: as fast; the same rewards.
 
-`margins` judges in bfloat16 with the output layer in bfloat16, in bfloat16 with it in float32, as the project does, and
-in float32, and counts the different margins (log P(first label) - log P(second label), to 1e-4); then the same with the
-scores of a reward model with random weights.
+`margins` judges in bfloat16, in bfloat16 with the output layer in float32, as the project does, and in float32, and
+counts the different margins (log P(first label) - log P(second label), to 1e-4); then the same of random rewards.
 """
 
 import math
@@ -308,8 +306,8 @@ def rewards(prompts: str, source: str = "exps/demo-models/judge", hidden: int = 
     )
 
 
-def reward_config(folder, **settings):
-    return JudgeConfig(judge=folder, judge_type="reward", max_prompt_tokens=2048, **settings)
+def reward_config(folder, **more):
+    return JudgeConfig(judge=folder, judge_type="reward", max_prompt_tokens=2048, **more)
 
 
 # ---------------------------------------------------------------------------------------------- margins
@@ -343,8 +341,8 @@ def margins(prompts: str, judge: str = "exps/demo-models/judge", count: int = 15
             margin = in_an_engine_process(judged_margins, config, records)
             config = reward_config(folder, dtype=dtype, engine_args=engine_args)
             _, reward = in_an_engine_process(with_vllm, config, [many[0], *many])
-            different = (len({round(value, 4) for value in values}) for values in (margin, reward))
-            lines.append(f"{name} | {len(margin)} | {next(different)} | {len(reward)} | {next(different)}")
+            columns = [f"{len(values)} | {len({round(value, 4) for value in values})}" for values in (margin, reward)]
+            lines.append(f"{name} | {' | '.join(columns)}")
     lines = table(" | judgements | different margins | rewards | different rewards", *lines)
     record("Different margins and rewards by the dtype of the output layer", lines, packages=("torch", "vllm"))
 

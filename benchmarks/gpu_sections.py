@@ -135,9 +135,8 @@ def exactness(bench) -> Iterator[Row]:
     found = {}
     for name, way in {"plain": bench.plain, "ours": bench.ours}.items():
         found[name] = differences(logps_and_gradients(bench, model, way, pairs), expected)
-    for what, unit, plain, ours in zip(
-        ("log-probabilities", "gradients"), ("nats", "relative"), found["plain"], found["ours"]
-    ):
+    names = ("log-probabilities", "nats"), ("gradients", "relative")
+    for (what, unit), plain, ours in zip(names, found["plain"], found["ours"]):
         goal = f"at most twice the plain way's {plain:.1e}"
         yield Row(f"bfloat16, {what}", f"{ours:.1e} {unit} from float32", goal, ours <= 2 * plain, exact=True)
 
@@ -294,16 +293,14 @@ def launches(bench, function):
     """(kernels that were launched, cudaStreamSynchronize calls) of one call, after another one that warms up."""
     function()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if bench.device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    activities += [torch.profiler.ProfilerActivity.CUDA] * (bench.device == "cuda")
     with torch.profiler.profile(activities=activities) as profile:
         function()
         if bench.device == "cuda":
             torch.cuda.synchronize()
     counts = {event.key: event.count for event in profile.key_averages()}
     prefixes = ("cudaLaunch", "cuLaunch") if bench.device == "cuda" else ("aten::",)
-    launched = sum(count for name, count in counts.items() if name.startswith(prefixes))
-    return launched, counts.get("cudaStreamSynchronize", 0)
+    return sum(counts[name] for name in counts if name.startswith(prefixes)), counts.get("cudaStreamSynchronize", 0)
 
 
 def ways_of_attention(bench) -> Iterator[Row]:
@@ -316,8 +313,8 @@ def ways_of_attention(bench) -> Iterator[Row]:
             continue
         taken, output, gradients, whole = figures
         right = max(output, gradients) <= gpu_attention.RIGHT
-        figure = f"{1e3 * taken:.2f} ms a layer, {1e3 * whole:.1f} a pass; "
-        figure += f"off by {output:.1e}, gradients {gradients:.1e}"
+        times = f"{1e3 * taken:.2f} ms a layer, {1e3 * whole:.1f} a pass"
+        figure = f"{times}; off by {output:.1e}, gradients {gradients:.1e}"
         yield Row(what, figure, f"at most {gpu_attention.RIGHT}", right, exact=project)
         if right:
             found.setdefault(lengths, []).append((whole, way.name))
@@ -335,13 +332,9 @@ def trl(bench) -> Iterator[Row]:
     found = against_trl.measure(bench.shape, "bf16", updates=6, batch=batch, device=bench.device)
     tokens, ours = found.pop("ours")
     fastest = min(filter(None, (taken for _, taken in found.values())), default=None)
-    good = bool(ours and fastest and 1.5 * ours <= fastest)
-    yield Row(
-        "the project's trainer",
-        f"{tokens / ours:,.0f} tokens/s" if ours else "failed",
-        f"1.5 times TRL's, {1.5 * tokens / fastest:,.0f}" if fastest else "",
-        good,
-    )
+    speed = f"{tokens / ours:,.0f} tokens/s" if ours else "failed"
+    goal = f"1.5 times TRL's, {1.5 * tokens / fastest:,.0f}" if fastest else ""
+    yield Row("the project's trainer", speed, goal, bool(ours and fastest and 1.5 * ours <= fastest))
     for way, (_, taken) in found.items():
         yield Row(way, f"{tokens / taken:,.0f} tokens/s" if taken else "failed")
 
@@ -354,5 +347,4 @@ def vllm(bench) -> Iterator[Row]:
     import gpu_engines  # whose imports vLLM brings along
 
     bench.free()
-    for what, figure in gpu_engines.measure(bench.shape, bench.device):
-        yield Row(what, figure)
+    yield from (Row(what, figure) for what, figure in gpu_engines.measure(bench.shape, bench.device))

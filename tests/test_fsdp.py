@@ -27,15 +27,8 @@ import inpo
 import mle
 
 # Eleven pairs in batches of six and five: one or two forward passes an update on each process, of one to three pairs.
-INPO = dict(
-    eta=0.02,
-    tau_eta_ratio=0.25,
-    global_batch_size=6,
-    micro_batch_tokens=150,
-    num_epochs=2,
-    learning_rate=3e-5,
-    max_grad_norm=1.0,
-)
+INPO = dict(eta=0.02, tau_eta_ratio=0.25, global_batch_size=6, micro_batch_tokens=150)
+INPO |= dict(num_epochs=2, learning_rate=3e-5, max_grad_norm=1.0)
 
 FINISHED = {"model", "DONE", "metrics.jsonl", "training.json", "tensorboard"}
 

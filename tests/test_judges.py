@@ -28,17 +28,9 @@ from workers.worker import Worker, run_here
 def test_win_matrix_averages_both_orders():
     # P(x beats y) = (0.9 + 1 - 0.3)/2 = 0.8, gap |0.9 - 0.7| = 0.2; P(x beats z) = (0.6 + 1 - 0.4)/2 = 0.6, gap 0;
     # P(y beats z) = (0.5 + 1 - 0.9)/2 = 0.3, gap |0.5 - 0.1| = 0.4. Mean gap 0.2, mean mass (5 * 1 + 0.4)/6 = 0.9.
-    found = win_matrix(
-        ["x", "y", "z"],
-        {
-            ("x", "y"): (0.9, 1.0),
-            ("y", "x"): (0.3, 1.0),
-            ("x", "z"): (0.6, 1.0),
-            ("z", "x"): (0.4, 1.0),
-            ("y", "z"): (0.5, 1.0),
-            ("z", "y"): (0.9, 0.4),
-        },
-    )
+    judgements = {("x", "y"): (0.9, 1.0), ("y", "x"): (0.3, 1.0), ("x", "z"): (0.6, 1.0), ("z", "x"): (0.4, 1.0)}
+    judgements |= {("y", "z"): (0.5, 1.0), ("z", "y"): (0.9, 0.4)}
+    found = win_matrix(["x", "y", "z"], judgements)
     expected = [[None, 0.8, 0.6], [0.2, None, 0.3], [0.4, 0.7, None]]
     for i, row in enumerate(expected):
         assert found["win_probs"][i] == [p if p is None else pytest.approx(p) for p in row]
@@ -146,10 +138,7 @@ def test_split_labels_refuses_labels_that_no_position_decides(first, second):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (
-            {"judge_type": "bradley-terry"},
-            "--judge_type should be one of generative, reward, server, got bradley-terry$",
-        ),
+        ({"judge_type": "bt"}, "--judge_type should be one of generative, reward, server, got bt$"),
         ({"judge_type": "offsetbias-lm"}, "got offsetbias-lm; offsetbias-lm is now called generative"),
         ({"judge_type": "bt-mixture"}, "bt-mixture is now called reward"),
         ({"judge_type": "openai"}, "openai is now called server"),

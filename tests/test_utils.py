@@ -232,8 +232,7 @@ def test_run_takes_the_fields_of_a_configuration_as_flags(stage):
 )
 def test_run_shows_help_and_does_not_run(stage, program, words):
     code, out, err = stage(program, *words)
-    assert "ran" not in out
-    assert code == 0
+    assert code == 0 and "ran" not in out
     assert "any text" in out + err and "--count" in out + err
 
 
@@ -266,16 +265,14 @@ def test_run_chooses_among_commands(stage):
 def test_run_ends_with_a_message_and_without_a_traceback(stage, how, code, message):
     found, out, err = stage("fail", "--how", how)
     assert (found, out) == (code, "")
-    assert err.splitlines()[-1] == message
-    assert "Traceback" not in err
+    assert err.splitlines()[-1] == message and "Traceback" not in err
 
 
 # ---- Files ----
 
 
 def test_split_list_drops_blanks():
-    assert split_list(" a, b c ,,d,") == ["a", "b c", "d"]
-    assert split_list("") == []
+    assert split_list(" a, b c ,,d,") == ["a", "b c", "d"] and split_list("") == []
 
 
 def test_file_lists_pairs_inputs_with_outputs(jsonl):
