@@ -80,7 +80,9 @@ def begin() -> None:
 
 
 def read_all(folder: Path, pattern: str) -> list[dict]:
-    return [record for path in sorted(folder.glob(pattern)) for record in json_lines(path)]
+    """The records of these files, of which some may have a list of skipped ones beside them."""
+    paths = [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(".skipped.jsonl")]
+    return [record for path in paths for record in json_lines(path)]
 
 
 def pair_tokens(data: list[dict]) -> list[int]:

@@ -126,7 +126,7 @@ def test_a_trial_at_a_rounds_end_reports_the_log_probabilities_of_the_initial_po
         (iteration / f"logs/{stage}.log").write_text("8 records in 2.00 s, after a start of 5.00 s\n")
     for part in ("train", "test"):
         write(f"{part}.samples.jsonl", judged), write(f"{part}.scores.jsonl", judged), write(f"data/{part}.jsonl", pair)
-    write("eval/vs_start.jsonl", judged)
+    write("eval/vs_start.jsonl", judged), write("eval/vs_start.skipped.jsonl", {"prompt_id": "a", "skipped": "long"})
     write("ckpt/metrics.jsonl", {"loss": 62_500, "normalised_loss": 1, "margin": 0, "tokens_per_s": 10})
     write("ckpt/model/model.safetensors")
     size = dict(iterations=1, train=1, test=1, evaluation=1, models=2, from_start=1, cells=1)
