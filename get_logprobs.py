@@ -29,7 +29,14 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from data_utils import check_weights, load_tokenizer, model_fingerprint, resolve_model, resolve_tokenizer
+from data_utils import (
+    check_vocabulary,
+    check_weights,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+    resolve_tokenizer,
+)
 from records import Data, writer
 from training.datasets import LOGP_FIELDS, UnscoredPairDataset
 from training.logps import response_logps
@@ -46,7 +53,9 @@ def load_pairs(paths, model_dirs, tokenizer_dir, max_length):
     tokenizer than the first."""
     for model_dir in model_dirs:
         check_weights(model_dir)
-        tokenizer = load_tokenizer(model_dir, tokenizer_dir or model_dirs[0])  # compared with the model's own
+    tokenizer = load_tokenizer(model_dirs[0], tokenizer_dir)
+    for other in model_dirs[1:]:
+        check_vocabulary(tokenizer, tokenizer_dir or model_dirs[0], other)
     vocab_size = min(map(vocabulary_size, model_dirs))
     return [UnscoredPairDataset(path, tokenizer, max_length, vocab_size) for path in paths]
 
