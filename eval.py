@@ -154,9 +154,10 @@ def compare(
         for ours, _, _ in files:
             read_difficulty(difficulty, [record["prompt_id"] for record in read(ours, Responses)])
     config = JudgeConfig(**judge)
-    missing = [paths for paths in files if not judged_before(*paths, config.judged_by())]
+    judged_by = config.judged_by()
+    missing = [paths for paths in files if not judged_before(*paths, judged_by)]
     judge_missing(missing, len(files), config)
-    write_summaries(files, config.judged_by(), seed, names, length_controlled, difficulty)
+    write_summaries(files, judged_by, seed, names, length_controlled, difficulty)
 
 
 def judge_missing(missing: list, total: int, judge: JudgeConfig):
@@ -230,11 +231,12 @@ def matrix(
 def judged_cells(paths: list, labels: list, judge: JudgeConfig, folder: Path, seed: int) -> dict:
     """The `analysis.matrix.cell_paths` of responses files; those that were not judged before are. The log calls the
     files by their labels."""
-    cells = cell_paths(paths, judge.judged_by(), folder)
+    judged_by = judge.judged_by()
+    cells = cell_paths(paths, judged_by, folder)
     missing = {pair: path for pair, path in cells.items() if not path.with_suffix(".json").exists()}
     files = [(paths[i], paths[j], path) for (i, j), path in missing.items()]
     judge_missing(files, len(cells), judge)
-    write_summaries(files, judge.judged_by(), seed, [(labels[i], labels[j]) for i, j in missing])
+    write_summaries(files, judged_by, seed, [(labels[i], labels[j]) for i, j in missing])
     return cells
 
 
