@@ -156,9 +156,9 @@ def draw_lines(plot: Plot, experiments: list) -> Markup:
 
 
 def cut_axis(axes, plot, experiments):
-    """Let the axis end a little above all but the highest 2 % of the values, where these are far above the others; for
-    plots whose scale is 1."""
-    values = sorted(row[line.field] for each in experiments for line in plot.lines for row in known(line, each))
+    """Let the axis end a little above all but the highest 2 % of the values, where these are far above the others."""
+    rows = [(row, line) for each in experiments for line in plot.lines for row in known(line, each)]
+    values = sorted(plot.scale * row[line.field] for row, line in rows)
     top = 1.3 * max(plot.level, values[int(0.98 * (len(values) - 1))])
     if top < values[-1]:
         axes.set_ylim(values[0] - 0.05 * (top - values[0]), top)
