@@ -77,8 +77,8 @@ class SamplerConfig(EngineConfig):
 
     def fingerprint(self) -> dict:
         """{setting: value} of all that samples depend on; of the model the contents instead of its name."""
-        model, _ = self.model_path, self.tokenizer_path
-        return super().fingerprint() | {"model": model_fingerprint(model)}
+        directory, _ = self.model_path, self.tokenizer_path  # asked for here so that the workers get both
+        return super().fingerprint() | {"model": model_fingerprint(directory)}
 
 
 def check_top_p(value: float) -> None:

@@ -40,8 +40,8 @@ def judge_class(judge_type: str) -> type["Judge"]:
 
 
 class Judge:
-    """What every kind of judges says of itself. The class is called with a JudgeConfig in a worker process, whose work
-    (workers/worker.py) the object is; that of a model is vllm_model.EngineWork too.
+    """What every kind of judges says of itself. A worker process calls the class with a JudgeConfig; the object is its
+    work, with the methods of workers.worker.Work, which a judge with a model has from vllm_model.EngineWork.
 
     needs_engine: it is a model's directory or Hub id and runs on this machine; otherwise it is only a name.
     has_labels: its `label_mass` says how much of its probability it puts on the two labels.
@@ -158,8 +158,8 @@ class JudgeConfig(EngineConfig):
             settings["template"] = fingerprint(read_template(self.template))
         judge = self.judge
         if self.kind.needs_engine:
-            path, _ = self.judge_path, self.tokenizer_path
-            judge = model_fingerprint(path)
+            directory, _ = self.judge_path, self.tokenizer_path  # asked for here so that the workers get both
+            judge = model_fingerprint(directory)
         return settings | {"judge_type": self.judge_type, "judge": judge}
 
     def judged_by(self) -> list:
