@@ -124,8 +124,8 @@ def lay_out(rows: Rows, multiple: int = 1) -> dict[str, Tensor]:
     for number, (prompt, responses) in enumerate(rows):
         row, place, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
         for side, response in enumerate(responses):
-            places = [len(prompt) - 1, *range(len(row), len(row) + len(response) - 1)]
-            predictors += [number * length + place for place in places[: len(response)]]
+            columns = [len(prompt) - 1, *range(len(row), len(row) + len(response) - 1)]
+            predictors += [number * length + column for column in columns[: len(response)]]
             labels += response
             owner += [side * len(rows) + number] * len(response)
             row += response

@@ -92,8 +92,8 @@ class TrainingConfig:
         for name in ("learning_rate", "num_epochs", "global_batch_size", "max_length", "eval_steps"):
             if not getattr(self, name) > 0:
                 raise StageError(f"--{name} should be greater than 0, got {getattr(self, name)}")
-        for name in ("save_minutes", "weight_decay", "max_grad_norm", "start_tolerance"):
-            check_at_least(0, **{name: getattr(self, name)})
+        not_negative = ("save_minutes", "weight_decay", "max_grad_norm", "start_tolerance")
+        check_at_least(0, **{name: getattr(self, name) for name in not_negative})
         check_choices(self.micro_batch_tokens, self.sharding)
         if not 0 <= self.seed < 2**32:  # NumPy's
             raise StageError(f"--seed should be between 0 and {2**32 - 1}, got {self.seed}")
