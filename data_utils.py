@@ -65,13 +65,14 @@ def has_tokenizer(directory: str | Path) -> bool:
 
 
 def resolve_tokenizer(name: str) -> str:
-    """The local directory of a tokenizer: a path, its `model` subfolder, or a Hub id, which is downloaded. No name has
-    none: then a model's own tokenizer is meant."""
+    """The local directory of a tokenizer: a path or a Hub id, which is downloaded, or the `model` subfolder of either.
+    No name has none: then a model's own tokenizer is meant."""
     if not name:
         return ""
-    if Path(name).exists():
-        return next((str(path) for path in (Path(name), Path(name) / "model") if has_tokenizer(path)), name)
-    return str(_download(name, only=["*.json", "*.jinja", "*.txt", "*.model"]))  # not the weights
+    path = Path(name)
+    if not path.exists():
+        path = _download(name, only=["*.json", "*.jinja", "*.txt", "*.model"])  # not the weights
+    return str(next((place for place in (path, path / "model") if has_tokenizer(place)), path))
 
 
 def check_weights(directory: str | Path) -> None:

@@ -17,6 +17,7 @@ STAGE_COLOURS = {
     "logprobs": "#e2a76f",
     "start_logprobs": "#efcfae",
     "training": "#b5654a",
+    "start_responses": "#726a92",
     "responses": "#8d86a9",
     "evaluation": "#b9b4cc",
     "matrix": "#d8d5e2",

@@ -111,14 +111,14 @@ def _refuse_constant(name):
 
 @functools.cache
 def engine_arguments() -> tuple[str, ...]:
-    """The names of the engine's arguments, the fields of vLLM's EngineArgs; none where there is no vLLM. They are read
-    in its source: importing it takes ten seconds."""
+    """The names of the engine's arguments, the fields of vLLM's EngineArgs; none where these are not found. They are
+    read in its source: importing it takes ten seconds."""
     vllm = find_spec("vllm")
     if vllm is None or not vllm.origin:
         return ()
     source = (Path(vllm.origin).parent / "engine/arg_utils.py").read_text(encoding="utf-8")
-    classes = {part.name: part for part in ast.parse(source).body if isinstance(part, ast.ClassDef)}
-    names = [line.target for line in classes["EngineArgs"].body if isinstance(line, ast.AnnAssign)]
+    classes = {part.name: part.body for part in ast.parse(source).body if isinstance(part, ast.ClassDef)}
+    names = [line.target for line in classes.get("EngineArgs", []) if isinstance(line, ast.AnnAssign)]
     return tuple(name.id for name in names if isinstance(name, ast.Name))
 
 
