@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # COMAL: align a language model with general preferences, down to the Nash policy.
 #
-#   bash comal.sh                            run: with a GPU the Qwen2-1.5B recipe, without one the small demo
-#   bash comal.sh METHOD=inpo-small SEED=1  with other settings; they can also be in the environment
-#   bash comal.sh --try                      one iteration on 64 prompts, in minutes: what it finds, and what a run takes
+#   bash comal.sh                            run: with a GPU the full recipe (Qwen2-1.5B), without one the small demo
+#   bash comal.sh METHOD=inpo-small SEED=1   with other settings; they can also be in the environment
+#   bash comal.sh --try                      try one iteration on 64 prompts: what looks wrong, what the run will take
 #   bash comal.sh --plan                     print the commands that would run, and what they will cost
 #   bash comal.sh --prepare                  fetch and check all that the run needs; after it no network is needed
 #   bash comal.sh --help                     explain every setting, also the rarer ones of launch/settings.sh
@@ -29,7 +29,7 @@ PROMPTS_DIR=${PROMPTS_DIR:-data/prompts}  # folder of train_<i>.jsonl, train.jso
 EVAL_PROMPTS=${EVAL_PROMPTS:-data/prompts/alpaca_eval.jsonl}  # file of prompts for the win rates
 
 # The game
-ETA=${ETA:-}  # the margin's target is 1/(2 ETA); one value, or one a round, by comma; empty: the method's (table below)
+ETA=${ETA:-}  # the target of h is 1/(2 ETA); one value, or one a round, by comma; empty: the method's (table below)
 TAU_ETA_RATIO=${TAU_ETA_RATIO:-0.333333}  # weight of the reference, tau/eta
 UPDATE_INTERVAL=${UPDATE_INTERVAL:-12}  # iterations between moves of COMAL's reference; 0: it never moves
 BETA=${BETA:-0.1}  # regularisation of DPO, which does not use ETA

@@ -1,5 +1,5 @@
-# The settings that are rarely changed, in the form of those in comal.sh: each can be an argument of comal.sh or stand
-# in the environment, and `bash comal.sh --help` explains it.
+# The settings that are rarely changed. Like those in comal.sh, each can be an argument of comal.sh or stand in the
+# environment, and `bash comal.sh --help` explains it.
 
 # Models and judges
 TOKENIZER=${TOKENIZER-Qwen/Qwen2-1.5B}  # of the policy; empty: the one that the policy's folder has

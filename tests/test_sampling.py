@@ -5,6 +5,7 @@ python -m pytest tests/test_sampling.py
 
 import pickle
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,7 +133,7 @@ def test_names_are_resolved_once_and_given_names_stay(some_model, monkeypatch, t
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt/model").symlink_to(some_model)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_utils, "_download", lambda name, only=None: f"cache/{name}")
+    monkeypatch.setattr(data_utils, "_download", lambda name, only=None: Path("cache", name))
     policy = SamplerConfig(model="ckpt", tokenizer=tokenizer, gpus="none")
     template = str(ROOT / "prompts/offsetbias.txt")
     judge = JudgeConfig(judge="ckpt", judge_tokenizer=tokenizer, gpus="none", template=template)
