@@ -41,8 +41,7 @@ from utils import StageError, run
 from vllm_model import Sampler, SamplerConfig
 from workers.worker import run_here
 
-K = 5  # responses to a prompt
-LAYERS = 8  # of random judges
+K, LAYERS = 5, 8  # responses to a prompt; layers of random judges
 
 
 def make_records(prompts, count):
