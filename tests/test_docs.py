@@ -111,7 +111,7 @@ def test_commands_have_flags_that_exist(page, monkeypatch):
         if script.name == "slic.py" or "..." in words:  # the example, which is tested below; the reader's own flags
             continue
         found = []
-        monkeypatch.setattr(utils, "run", lambda *functions: found.extend(functions))  # noqa: B023
+        monkeypatch.setattr(utils, "run", lambda *functions: found.extend(functions))
         monkeypatch.setattr(sys, "argv", [str(script)])
         runpy.run_path(str(script), run_name="__main__")
         named = {function.__name__: function for function in found}
@@ -120,6 +120,12 @@ def test_commands_have_flags_that_exist(page, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("benchmarks/*.md"))], ids=lambda page: page.name)
+def test_tests_that_a_page_names_are_there(page):
+    for file, words in re.findall(r"pytest (?:-s )?(tests/\w+\.py)(?: -k (\w+))?", text(page)):
+        assert re.search(rf"^def test_\w*{words}", (ROOT / file).read_text(), re.MULTILINE), (file, words)
 
 
 def test_recipes_page_has_every_setting_with_its_default_and_no_other():
