@@ -116,7 +116,7 @@ def _kill_one(loop, mark, rng, log_path, offset, segments):
 def differing(plain, killed):
     """["path: what"] of the files of an experiment that are not those of the undisturbed one, timings aside."""
     expected, found = _digests(plain), _digests(killed)
-    state = lambda path: "missing" if path not in found else "extra" if path not in expected else "differs"  # noqa: E731
+    state = lambda path: "missing" if path not in found else "extra" if path not in expected else "differs"
     return [
         f"{path}: {state(path)}"
         for path in sorted(expected.keys() | found.keys())

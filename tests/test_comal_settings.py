@@ -12,7 +12,7 @@ import pytest
 from helpers.loop import ROOT
 
 sys.path.insert(0, str(ROOT / "launch"))
-import settings as launch_settings  # noqa: E402
+import settings as launch_settings
 
 
 def test_help_explains_every_setting():

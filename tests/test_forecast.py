@@ -11,8 +11,8 @@ import pytest
 from helpers.loop import ROOT
 
 sys.path.insert(0, str(ROOT / "launch"))
-import checks  # noqa: E402
-from forecast import (  # noqa: E402
+import checks
+from forecast import (
     Size,
     Stage,
     each,

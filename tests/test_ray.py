@@ -105,7 +105,7 @@ def test_an_actor_and_a_node_are_lost(cluster, demo_models, tmp_path):
     ]
     finish(start(*arguments, "--output", here))
     partial = tmp_path / "ray.jsonl.partial"
-    finished = lambda: len(partial.read_bytes().splitlines()) - 1 if partial.exists() else 0  # noqa: E731
+    finished = lambda: len(partial.read_bytes().splitlines()) - 1 if partial.exists() else 0
     process = start(*arguments, "--output", there, "--engine", "ray", "--cpu_workers", "2", RAY_ADDRESS=cluster.address)
     wait_for(lambda: finished() >= 16 and len(actors()) == 2, process)
     os.kill(actors()[0], signal.SIGKILL)

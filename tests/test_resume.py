@@ -21,6 +21,7 @@ from helpers.training import (
     environment,
     read,
     run_here,
+    run_process,
     swap,
     words,
     write,
@@ -289,15 +290,7 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_later(undisturbed, train, 
     size = (run.output / "model/model.safetensors").stat().st_size // 1024
     # The best weights and one resume point (weights and the optimiser's two averages) fit, a second one does not.
     command = [sys.executable, "inpo.py", *words(**(RESUMED | run.flags | {"output": disk / "ckpt"}))]
-    done = subprocess.run(
-        ["unshare", "-m", "bash", "-c", FULL_DISK, "bash", disk, str(size * 6 + 200), *command],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        timeout=240,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    done = run_process(["unshare", "-m", "bash", "-c", FULL_DISK, "bash", disk, str(size * 6 + 200), *command])
     if "unshare failed" in done.stdout or done.returncode == 77:
         pytest.skip("may not mount a small file system")
     printed, left = done.stdout.split("exit code ")

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import memory  # noqa: E402
+import memory
 
 pytestmark = pytest.mark.slow
 

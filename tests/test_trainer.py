@@ -118,7 +118,7 @@ def test_training_equals_a_plain_loop_also_in_the_incomplete_last_batch(train, s
     # Adam's first steps divide gradients by their own size, also those that are rounding: hence norms, not single
     # weights.
     trained, plain, start = (weights.state_dict() for weights in (load(output / "model"), model, load(setting.policy)))
-    distance = lambda one, other: sum((one[name] - other[name]).square().sum() for name in plain) ** 0.5  # noqa: E731
+    distance = lambda one, other: sum((one[name] - other[name]).square().sum() for name in plain) ** 0.5
     assert distance(trained, plain) < 1e-3 * distance(plain, start)  # measured: 1e-4
 
 

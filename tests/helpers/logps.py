@@ -5,9 +5,7 @@ import copy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training.logps import (
-    MODEL_TYPES,
-)
+from training.logps import MODEL_TYPES
 
 SHAPE = dict(
     vocab_size=97,
@@ -38,8 +36,8 @@ def tiny(model_type, **changes):
 
 def random_rows(count, responses=2, seed=0, shortest=1):
     generator = torch.Generator().manual_seed(seed)
-    length = lambda: int(torch.randint(shortest, 12, (1,), generator=generator))  # noqa: E731
-    ids = lambda: torch.randint(2, 97, (length(),), generator=generator).tolist()  # noqa: E731
+    length = lambda: int(torch.randint(shortest, 12, (1,), generator=generator))
+    ids = lambda: torch.randint(2, 97, (length(),), generator=generator).tolist()
     return [(ids(), [ids() for _ in range(responses)]) for _ in range(count)]
 
 

@@ -231,19 +231,17 @@ def words(**flags):
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
+def run_process(command):
+    """A process of its own, finished; `stdout` has its errors, too."""
+    output = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(command, cwd=ROOT, env=environment(), timeout=240, **output)
+
+
 def launch_several(number, *command):
     """`accelerate launch` with fsdp_config.yaml in float32, one thread a process, on a port that the system chooses: on
     the CPU that means DDP over gloo. (`--cpu --num_processes 2` would start a single process.) Returns the finished
     process."""
     flags = ["--config_file", "fsdp_config.yaml", "--mixed_precision", "no", "--num_processes", str(number)]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *flags, *map(str, command)],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        timeout=240,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    done = run_process([sys.executable, "-m", "accelerate.commands.launch", *flags, *map(str, command)])
     assert done.returncode == 0, done.stdout
     return done
