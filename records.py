@@ -247,7 +247,8 @@ def scan(path: str | Path, schema: type) -> Iterator[tuple[int, dict]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             begin, offset = offset, offset + len(line)
-            if not line.removeprefix(codecs.BOM_UTF8).strip():
+            line = line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
+            if not line.strip():
                 continue
             try:
                 record = decode(line, schema)
@@ -264,7 +265,7 @@ def read_at(path: str | Path, offset: int, schema: type) -> dict:
     """The record at an offset that `scan` has given."""
     with open(path, "rb") as file:
         file.seek(offset)
-        return decode(file.readline(), schema)
+        return decode(file.readline().removeprefix(b"" if offset else codecs.BOM_UTF8), schema)
 
 
 def check(record, schema, first, seen):
@@ -285,7 +286,7 @@ def check(record, schema, first, seen):
 def decode(line: bytes, schema: type) -> dict:
     """The record of one line, with its key as text. Raises ValueError, with the `prompt_id` where there is one."""
     try:
-        record = msgspec.json.decode(line.removeprefix(codecs.BOM_UTF8))
+        record = msgspec.json.decode(line)
     except (ValueError, RecursionError):
         cut = "" if line.endswith(b"\n") else "; the file may have been cut off here"
         raise ValueError(f"not valid JSON in UTF-8: {_why_not_json(line)}{cut}") from None

@@ -14,7 +14,6 @@ import json
 import shutil
 from pathlib import Path
 
-from analysis.figures import read_json
 from data_utils import check_weights, resolve_model
 from records import Responses, read
 from utils import StageError, check_input, log, run, write_text
@@ -55,11 +54,11 @@ def model_card(checkpoint: Path, name: str = ""):
     from huggingface_hub import ModelCard, ModelCardData
 
     iteration = checkpoint.resolve().parent
-    training, run = read_json(checkpoint / "training.json"), read_json(iteration.parent / "run.json")
+    training, run = read_object(checkpoint / "training.json"), read_object(iteration.parent / "run.json")
     base = run.get("MODEL") or training.get("model", "")
     on_hub = base.count("/") == 1 and not Path(base).exists()
     found = {
-        policy: read_json(iteration / f"eval/vs_{field}.json")
+        policy: read_object(iteration / f"eval/vs_{field}.json")
         for policy, field in (("the initial policy", "start"), ("the previous iteration", "previous"))
     }
     return ModelCard.from_template(
@@ -77,6 +76,11 @@ def model_card(checkpoint: Path, name: str = ""):
         run=run,
         results=[(policy, result) for policy, result in found.items() if result],
     )
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file, or an empty one where there is no file; a damaged one is an error."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 FORMATS = {"alpaca_eval": alpaca_eval, "hub": hub}

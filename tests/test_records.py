@@ -97,6 +97,7 @@ GOOD = '{"prompt_id": "a", "prompt": "x"}\n'
         (b'{"prompt_id": "b", "prompt": "x", "score": 1e999}\n', "not valid JSON"),
         (b'{"prompt_id": "\xff"}\n', "not valid JSON in UTF-8"),
         (b'{"prompt": "\\ud83d"}\n', "not valid JSON"),  # half an emoji: no tokenizer takes it
+        (b"\xef\xbb\xbf{}\n", "not valid JSON in UTF-8"),  # a byte order mark elsewhere than at the beginning
         (b"[1, 2]\n", "should be a JSON object, got [1, 2]"),
         (b'{"prompt_id": "b", "score": 2}\n', "field prompt is missing; found prompt_id, score"),
         (b'{"prompt_id": "b", "prompt": ["x"]}\n', "prompt_id b: prompt should be str, got ['x']"),
